@@ -1,0 +1,1 @@
+"""Which configuration runs: knows ragged work and grids, not experts."""

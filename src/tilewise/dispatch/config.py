@@ -1,0 +1,174 @@
+"""Kernel configurations, and their legality on a machine before anything is launched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..target import Target
+
+MIN_DOT = 16  # The narrowest side of a matrix instruction that every backend has.
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How one grouped GEMM is cut into programs.
+
+    Attributes:
+        block_m: rows (tokens) of a tile.
+        block_n: output columns of a tile.
+        block_k: elements of the reduction per step.
+        group_m: row tiles of one expert that share a column of weight tiles before moving on.
+        num_warps: warps per program.
+        num_stages: steps of loads in flight.
+        swap_operands: multiply weights by tokens, so that few tokens ride on the narrow side.
+        descriptors: load weights, and rows already in order, through tensor descriptors.
+        persistent: as many programs as fit, each walking the tile list.
+        occupancy: programs per multiprocessor that a persistent grid assumes.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+    swap_operands: bool = False
+    descriptors: bool = False
+    persistent: bool = False
+    occupancy: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two")
+        for name in ("block_m", "block_n", "block_k"):
+            if getattr(self, name) < MIN_DOT:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {MIN_DOT}")
+        for name in ("group_m", "num_stages", "occupancy"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> KernelConfig:
+        known = {f.name for f in fields(KernelConfig)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; a KernelConfig has {sorted(known)}")
+        return KernelConfig(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class GroupedGemm:
+    """A grouped GEMM described by its grid, without knowing what the segments are.
+
+    Attributes:
+        max_rows: host-side bound on the rows over all segments.
+        max_segment_rows: host-side bound on the rows of one segment.
+        num_segments: segments, empty ones included.
+        n: output columns. k: length of the reduction.
+        num_weights: weight tiles multiplied by one row tile: 2 for gate+up, else 1.
+        itemsize: bytes of an operand's element.
+        gathered: rows come by an index, so that only weights can use descriptors.
+        descriptors_possible: the weights' strides and alignment suit a descriptor.
+    """
+
+    max_rows: int
+    max_segment_rows: int
+    num_segments: int
+    n: int
+    k: int
+    num_weights: int = 1
+    itemsize: int = 2
+    gathered: bool = False
+    descriptors_possible: bool = True
+
+
+def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
+    """Bytes of shared memory a program needs: the staged tiles, or the epilogue's staging if larger."""
+    elements = config.block_m * config.block_k
+    elements += gemm.num_weights * config.block_n * config.block_k
+    staged = config.num_stages * elements * gemm.itemsize
+    # Layout changes of the epilogue pass through shared memory in fp32.
+    epilogue = config.block_m * config.block_n * 4 * (gemm.num_weights if config.swap_operands else 1)
+    if config.persistent:  # The next tile's loads are in flight while this one is stored.
+        staged += config.block_m * config.block_n * gemm.itemsize // 2
+    return max(staged, epilogue) + 1024
+
+
+def accumulators(config: KernelConfig, gemm: GroupedGemm) -> int:
+    """fp32 accumulator registers per lane, for 32 lanes a warp."""
+    return config.block_m * config.block_n * gemm.num_weights // (32 * config.num_warps)
+
+
+def why_illegal(config: KernelConfig, gemm: GroupedGemm, target: Target) -> str | None:
+    """The reason `config` cannot run `gemm` on `target`, or None if it can."""
+    need = shared_memory(config, gemm)
+    if target.backend != "cpu" and need > target.shared_memory:
+        return f"needs {need} B of shared memory, {target.arch} has {target.shared_memory} B"
+    if config.num_warps * target.warp_size > 1024:
+        return f"{config.num_warps} warps of {target.warp_size} lanes exceed 1024 threads"
+    lanes = 32 * config.num_warps
+    if config.block_m * config.block_n * gemm.num_weights > 200 * lanes:
+        return f"needs {accumulators(config, gemm)} accumulator registers per lane, at most 200"
+    if config.descriptors and target.backend != "cpu":
+        if not target.tensor_descriptors:
+            return f"{target.arch} has no tensor descriptors"
+        if not gemm.descriptors_possible:
+            return "these weights' strides or alignment do not suit a tensor descriptor"
+    if config.descriptors and config.block_k * gemm.itemsize < 16:
+        return "a descriptor's innermost box must be at least 16 bytes"
+    return None
+
+
+def fit(config: KernelConfig, gemm: GroupedGemm, target: Target) -> KernelConfig:
+    """`config`, or the nearest legal one: fewer stages first, then shorter, then smaller tiles."""
+    if config.descriptors and not (target.tensor_descriptors and gemm.descriptors_possible):
+        config = replace(config, descriptors=False)
+    while config.num_warps > 1 and config.num_warps * target.warp_size > 1024:
+        config = replace(config, num_warps=config.num_warps // 2)
+    while why_illegal(config, gemm, target) is not None:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_k > 32:
+            config = replace(config, block_k=config.block_k // 2)
+        elif config.block_n > 32 and config.block_n >= config.block_m:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.block_m > MIN_DOT:
+            config = replace(config, block_m=config.block_m // 2)
+        elif config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        else:
+            reason = why_illegal(config, gemm, target)
+            raise ValueError(f"no legal configuration on {target.arch} near {config}: {reason}")
+    return config
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a matrix-vector product is cut into programs, when each expert has about one row.
+
+    Attributes:
+        block_n: output columns (weight rows) of a program.
+        block_k: elements of the reduction per step.
+        num_warps: warps per program.
+        num_stages: steps of loads in flight; 1 leaves it to the hardware's many programs.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 1")

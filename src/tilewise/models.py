@@ -1,0 +1,57 @@
+"""Shapes of MoE layers, and the catalogue of real models by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """One MoE layer's sizes; `intermediate_size` is per expert, as sharded on this device."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_experts, self.top_k, self.hidden_size, self.intermediate_size) < 1:
+            raise ValueError(f"every size must be at least 1, got {self}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+
+    def sharded(self, tensor_parallel: int) -> MoEShape:
+        """The layer with its intermediate size cut over `tensor_parallel` devices."""
+        if tensor_parallel < 1 or self.intermediate_size % tensor_parallel:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size} does not divide by {tensor_parallel}"
+            )
+        size = self.intermediate_size // tensor_parallel
+        return MoEShape(self.num_experts, self.top_k, self.hidden_size, size)
+
+
+MODELS: dict[str, MoEShape] = {
+    "mixtral-8x7b": MoEShape(8, 2, 4096, 14336),
+    "mixtral-8x22b": MoEShape(8, 2, 6144, 16384),
+    "qwen2-moe-57b": MoEShape(64, 8, 3584, 2560),
+    "qwen3-30b-a3b": MoEShape(128, 8, 2048, 768),
+    "qwen3-235b-a22b": MoEShape(128, 8, 4096, 1536),
+    "qwen3-next-80b-a3b": MoEShape(512, 10, 2048, 512),
+    "olmoe-1b-7b": MoEShape(64, 8, 2048, 1024),
+    "deepseek-v2": MoEShape(160, 6, 5120, 1536),
+    "deepseek-v3": MoEShape(256, 8, 7168, 2048),
+    "gpt-oss-20b": MoEShape(32, 4, 2880, 2880),
+    "gpt-oss-120b": MoEShape(128, 4, 2880, 2880),
+    "llama4-scout": MoEShape(16, 1, 5120, 8192),
+    "llama4-maverick": MoEShape(128, 1, 5120, 8192),
+    "glm-4.5": MoEShape(160, 8, 5120, 1536),
+    "kimi-k2": MoEShape(384, 8, 7168, 2048),
+}
+
+
+def moe_shape(name: str) -> MoEShape:
+    """The shape of a model by name, with an optional "@tpN" suffix for a tensor-parallel shard."""
+    base, _, shard = name.partition("@tp")
+    if base not in MODELS:
+        raise ValueError(f"unknown model {base!r}; known: {', '.join(MODELS)}")
+    return MODELS[base].sharded(int(shard)) if shard else MODELS[base]

@@ -1,0 +1,1 @@
+"""The MoE layer, file by file in the order in which data flows through it."""

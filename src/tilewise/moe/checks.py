@@ -1,0 +1,112 @@
+"""Argument checks shared by every implementation: host facts only, a few microseconds, no device reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .activation import Activation
+from .weights import ExpertWeights
+
+SCORING_FUNCS = ("softmax", "topk_softmax", "sigmoid")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ID_DTYPES = (torch.int32, torch.int64)
+
+
+def check_route_args(
+    num_experts: int,
+    top_k: int,
+    scoring_func: str,
+    num_expert_group: int | None,
+    topk_group: int | None,
+    bias_shape: Sequence[int] | None,
+) -> None:
+    """Raises ValueError unless the routing options fit together."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
+    if scoring_func not in SCORING_FUNCS:
+        raise ValueError(f"scoring_func={scoring_func!r} must be one of {SCORING_FUNCS}")
+    if bias_shape is not None and tuple(bias_shape) != (num_experts,):
+        raise ValueError(
+            f"e_score_correction_bias must be [{num_experts}], got {tuple(bias_shape)}"
+        )
+    if (num_expert_group is None) != (topk_group is None):
+        raise ValueError(
+            f"num_expert_group={num_expert_group} and topk_group={topk_group} come together"
+        )
+    if num_expert_group is None or topk_group is None:
+        return
+    if num_expert_group < 1 or num_experts % num_expert_group:
+        raise ValueError(
+            f"num_expert_group={num_expert_group} must divide num_experts={num_experts}"
+        )
+    if not 1 <= topk_group <= num_expert_group:
+        raise ValueError(
+            f"topk_group={topk_group} must be between 1 and num_expert_group={num_expert_group}"
+        )
+    if topk_group * (num_experts // num_expert_group) < top_k:
+        raise ValueError(
+            f"{topk_group} groups of {num_experts // num_expert_group} experts cannot give "
+            f"top_k={top_k}: raise topk_group"
+        )
+
+
+def check_experts_args(
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: Activation,
+    expert_map: torch.Tensor | None,
+    apply_router_weight_on_input: bool = False,
+) -> None:
+    """Raises ValueError unless the tensors of a call fit together."""
+    x = hidden_states
+    if x.dim() != 2 or x.shape[1] != weights.up.shape[2]:
+        raise ValueError(
+            f"hidden_states must be [num_tokens, hidden_size={weights.hidden_size}], got "
+            f"{tuple(x.shape)}"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"hidden_states is {x.dtype}; allowed: bfloat16, float16, float32")
+    if x.dtype is not weights.up.dtype:
+        raise ValueError(
+            f"hidden_states is {x.dtype}, the weights are {weights.dtype}: cast one of them"
+        )
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"topk_ids must be [num_tokens={x.shape[0]}, top_k], got {tuple(topk_ids.shape)}"
+        )
+    if topk_ids.shape[1] < 1:
+        raise ValueError("topk_ids has no columns: top_k must be at least 1")
+    if topk_ids.dtype not in ID_DTYPES:
+        raise ValueError(f"topk_ids is {topk_ids.dtype}; allowed: int32, int64")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights is {tuple(topk_weights.shape)}, topk_ids {tuple(topk_ids.shape)}: "
+            "they must be alike"
+        )
+    if topk_weights.dtype not in DTYPES:
+        raise ValueError(f"topk_weights is {topk_weights.dtype}; allowed: float32, bfloat16, float16")
+    if activation.is_gated is (weights.gate is None):
+        holds = "no gate" if weights.gate is None else "a gate"
+        raise ValueError(
+            f"activation {activation.kind!r} does not go with weights that have {holds}: build them "
+            "with ExpertWeights.from_gate_up or from_ungated"
+        )
+    device = x.device
+    if weights.up.device != device or topk_ids.device != device or topk_weights.device != device:
+        raise ValueError(
+            f"hidden_states on {device}, weights on {weights.device}, topk_ids on "
+            f"{topk_ids.device}, topk_weights on {topk_weights.device}: use one device"
+        )
+    if expert_map is not None:
+        if expert_map.dim() != 1 or expert_map.dtype not in ID_DTYPES:
+            raise ValueError(
+                "expert_map must be int32 or int64 [num_experts], global -> local or -1, got "
+                f"{expert_map.dtype} {tuple(expert_map.shape)}"
+            )
+        if expert_map.device != device:
+            raise ValueError(f"expert_map is on {expert_map.device}, hidden_states on {device}")

@@ -1,0 +1,102 @@
+"""A few tokens, two launches: see kernels/decode.py."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dispatch.config import StreamConfig
+from .activation import Activation
+from .kernels.decode import decode_down_kernel, decode_gate_up_kernel
+from .launch import cdiv, launch
+
+
+def decode_into(
+    out: torch.Tensor,
+    act: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    apply_router_weight_on_input: bool,
+    gate_up_config: StreamConfig,
+    down_config: StreamConfig,
+) -> None:
+    """Writes `out` [num_tokens, hidden_size]; `act` [num_tokens * top_k, intermediate_size] is scratch."""
+    num_tokens, top_k = topk_ids.shape
+    intermediate_size, hidden_size = up.shape[1], up.shape[2]
+    expert_ids = topk_ids if expert_map is None else expert_map
+    g = up if gate is None else gate
+    ub = up if up_bias is None else up_bias
+    gb = ub if gate_bias is None else gate_bias
+    launch(
+        decode_gate_up_kernel,
+        (cdiv(intermediate_size, gate_up_config.block_n), num_tokens * top_k),
+        x,
+        g,
+        up,
+        gb,
+        ub,
+        act,
+        topk_ids,
+        expert_ids,
+        topk_weights,
+        num_experts,
+        intermediate_size,
+        hidden_size,
+        top_k,
+        *x.stride(),
+        *g.stride(),
+        *up.stride(),
+        *(gb.stride() if up_bias is not None else (0, 0)),
+        *(ub.stride() if up_bias is not None else (0, 0)),
+        *topk_ids.stride(),
+        *topk_weights.stride(),
+        HAS_MAP=expert_map is not None,
+        GATED=gate is not None,
+        BIAS=up_bias is not None,
+        ROW_WEIGHTS=apply_router_weight_on_input,
+        KIND=activation.kind,
+        ALPHA=activation.alpha,
+        BETA=activation.beta,
+        LIMIT=activation.limit,
+        BLOCK_N=gate_up_config.block_n,
+        BLOCK_K=gate_up_config.block_k,
+        NUM_STAGES=gate_up_config.num_stages,
+        num_warps=gate_up_config.num_warps,
+    )
+    db = down if down_bias is None else down_bias
+    launch(
+        decode_down_kernel,
+        (cdiv(hidden_size, down_config.block_n), num_tokens),
+        act,
+        down,
+        db,
+        out,
+        topk_ids,
+        expert_ids,
+        topk_weights,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        top_k,
+        *down.stride(),
+        *(db.stride() if down_bias is not None else (0, 0)),
+        *topk_ids.stride(),
+        *topk_weights.stride(),
+        out.stride(0),
+        HAS_MAP=expert_map is not None,
+        BIAS=down_bias is not None,
+        ROW_WEIGHTS=not apply_router_weight_on_input,
+        BLOCK_N=down_config.block_n,
+        BLOCK_K=down_config.block_k,
+        NUM_STAGES=down_config.num_stages,
+        num_warps=down_config.num_warps,
+    )

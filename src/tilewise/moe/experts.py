@@ -1,0 +1,136 @@
+"""Rows -> rows: each expert's two products over the rows that were planned for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dispatch.config import KernelConfig
+from ..ragged import Ragged
+from ..target import Target
+from .activation import Activation
+from .kernels.grouped import grouped_gemm_kernel
+from .launch import cdiv, dot_precision, launch, next_power_of_two, upcast_dot
+
+_IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND="none".
+
+
+def suits_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether a [E, N, K] weight view can be a descriptor: unit last stride, all else 16-byte aligned."""
+    size = tensor.element_size()
+    e, n, k = tensor.stride()
+    return k == 1 and (n * size) % 16 == 0 and (e * size) % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def _weight_argument(weight: torch.Tensor, config: KernelConfig) -> Any:
+    if not config.descriptors:
+        return weight
+    block = [1, config.block_n, config.block_k]
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
+
+
+def grouped_gemm_into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    ragged: Ragged,
+    config: KernelConfig,
+    target: Target,
+    *,
+    gathered: bool,
+    top_k: int = 1,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: Activation | None = None,
+) -> None:
+    """out[r] = act(x[source(r)] @ gate[e].T, x[source(r)] @ up[e].T) for every planned row r.
+
+    Args:
+        out: [num_rows bound, N], contiguous; rows past the plan's last are not written.
+        x: [num_tokens, K] if `gathered` (source(r) = gather[r] // top_k), else [num_rows bound, K].
+        gate: [E, N, K] view, or None for a single product.
+        up: [E, N, K] view.
+        ragged: the plan.
+        config: legal for `target`.
+        row_weights: [num_tokens, top_k], scales the products before bias and activation.
+        activation: None stores the plain product.
+    """
+    num_experts, n, k = up.shape
+    act = activation or _IDENTITY
+    gated = gate is not None
+    g = up if gate is None else gate
+    tiles = ragged.max_tiles(config.block_m) * cdiv(n, config.block_n)
+    programs = min(tiles, target.num_sms * config.occupancy) if config.persistent else tiles
+    # A descriptor clips at the array's end only, so in-order rows may run into the next segment: harmless.
+    x_descriptor = config.descriptors and not gathered and suits_rows(x)
+    bias = up_bias is not None
+    ub = up if up_bias is None else up_bias
+    gb = ub if gate_bias is None else gate_bias
+    weights = up if row_weights is None else row_weights
+    launch(
+        grouped_gemm_kernel,
+        (programs,),
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, config.block_k])
+        if x_descriptor
+        else x,
+        _weight_argument(g, config),
+        _weight_argument(up, config),
+        gb,
+        ub,
+        out,
+        ragged.sizes,
+        ragged.offsets,
+        ragged.gather,
+        weights,
+        num_experts,
+        programs,
+        n,
+        k,
+        top_k,
+        *x.stride(),
+        *g.stride(),
+        *up.stride(),
+        *(gb.stride() if bias else (0, 0)),
+        *(ub.stride() if bias else (0, 0)),
+        *(weights.stride() if row_weights is not None else (0, 0)),
+        out.stride(0),
+        SEGMENTS=max(256, next_power_of_two(num_experts)),
+        GATED=gated,
+        GATHER=gathered,
+        BIAS=bias,
+        ROW_WEIGHTS=row_weights is not None,
+        KIND="none" if activation is None else act.kind,
+        ALPHA=act.alpha,
+        BETA=act.beta,
+        LIMIT=act.limit,
+        EVEN_K=k % config.block_k == 0,
+        EVEN_N=n % config.block_n == 0,
+        SAME_STRIDES=g.stride()[1:] == up.stride()[1:],
+        DESCRIPTORS=config.descriptors,
+        X_DESCRIPTOR=x_descriptor,
+        SWAP=config.swap_operands,
+        PERSISTENT=config.persistent,
+        UPCAST=upcast_dot(x.dtype),
+        PRECISION=dot_precision(x.dtype, target),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def suits_rows(x: torch.Tensor) -> bool:
+    """Whether rows [R, K] can be a descriptor."""
+    return (
+        x.stride(1) == 1
+        and (x.stride(0) * x.element_size()) % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.shape[0] > 0
+    )

@@ -1,0 +1,169 @@
+"""What a call would do, and what it costs at least: path, configurations, bytes, FLOPs, floor."""
+
+from __future__ import annotations
+
+import torch
+
+from dataclasses import dataclass
+
+from ..models import MoEShape
+from ..target import Target
+from .activation import SWIGLU, Activation
+from .plan import plan_ints
+from .schedule import LayerConfig, LayerProblem, schedule
+from .workspace import buffer_sizes
+
+
+def _problem(
+    shape: MoEShape,
+    num_tokens: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    reduce: bool,
+    batch_invariant: bool,
+) -> LayerProblem:
+    aligned = (shape.hidden_size * dtype.itemsize) % 16 == 0
+    aligned = aligned and (shape.intermediate_size * dtype.itemsize) % 16 == 0
+    return LayerProblem(
+        num_tokens,
+        shape.top_k,
+        shape.num_experts,
+        shape.hidden_size,
+        shape.intermediate_size,
+        dtype.itemsize,
+        activation.is_gated,
+        aligned,
+        reduce,
+        batch_invariant,
+    )
+
+
+def workspace_size(
+    shape: MoEShape,
+    num_tokens: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: Activation = SWIGLU,
+    reduce: bool = True,
+    batch_invariant: bool = False,
+    target: Target | None = None,
+) -> int:
+    """Bytes of scratch memory for calls of up to `num_tokens` tokens.
+
+    Args:
+        shape: the layer; `num_experts` counts the experts on this device.
+        num_tokens: the largest call.
+        dtype: of hidden states and weights.
+        activation, reduce, batch_invariant: as the calls pass them.
+        target: the machine; probed if None.
+
+    Returns:
+        The size of a uint8 `workspace` for `fused_experts(..., out=..., workspace=...)`.
+    """
+    if num_tokens <= 0:
+        return 0
+    machine = target or Target.probe()
+    problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
+    # The grouped path needs more than decode does, so it bounds every smaller call too.
+    return sum(buffer_sizes(problem, schedule(problem, machine)))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One call, accounted for. Bytes are device memory traffic, each tensor counted once per pass.
+
+    Attributes:
+        target: architecture the decision was made for.
+        config: path and configuration of each product.
+        source: where the configuration came from.
+        active_experts: experts assumed to be active.
+        weight_bytes: weights of the active experts, read once.
+        activation_bytes: all other traffic of our kernels.
+        unfused_activation_bytes: the same for a kernel per step: permute, gate, up, activation, multiply
+            rows, down, un-permute and sum.
+        flops: multiply-adds counted twice.
+        floor_us: the larger of compulsory bytes over bandwidth and FLOPs over the matrix rate (nominal).
+    """
+
+    target: str
+    config: LayerConfig
+    source: str
+    active_experts: float
+    weight_bytes: int
+    activation_bytes: int
+    unfused_activation_bytes: int
+    flops: int
+    floor_us: float
+
+    @property
+    def saving(self) -> float:
+        """Share of the unfused pipeline's activation traffic that is not moved here."""
+        return 1.0 - self.activation_bytes / self.unfused_activation_bytes
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"path        {self.config.path} on {self.target} ({self.source})",
+                f"gate+up     {self.config.gate_up}",
+                f"down        {self.config.down}",
+                f"weights     {self.weight_bytes / 1e6:.1f} MB, {self.active_experts:.1f} experts",
+                f"activations {self.activation_bytes / 1e6:.1f} MB, {self.saving:.0%} less than unfused",
+                f"arithmetic  {self.flops / 1e9:.1f} GFLOP",
+                f"floor       {self.floor_us:.1f} us at nominal rates",
+            )
+        )
+
+
+def explain(
+    shape: MoEShape,
+    num_tokens: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: Activation = SWIGLU,
+    reduce: bool = True,
+    batch_invariant: bool = False,
+    active_experts: float | None = None,
+    config: LayerConfig | None = None,
+    target: Target | None = None,
+) -> Explanation:
+    """What `fused_experts` would do for such a call, without running anything.
+
+    Args:
+        shape: the layer. num_tokens: tokens of the call.
+        dtype, activation, reduce, batch_invariant, config: as the call passes them.
+        active_experts: experts with at least one token; expected under uniform routing if None.
+        target: the machine; probed if None.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens} must be at least 1: an empty call does nothing")
+    machine = target or Target.probe()
+    problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
+    layer = config or schedule(problem, machine)
+    e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
+    if active_experts is None:
+        active_experts = e * (1.0 - (1.0 - k / e) ** num_tokens)
+    size, rows, matrices = dtype.itemsize, num_tokens * k, 3 if activation.is_gated else 2
+    weight_bytes = round(active_experts * matrices * h * i * size)
+    tokens_in_out = 2 * num_tokens * h * size
+    # The activation is written and read once; so are the rows before their sum, unless decode sums them.
+    moved = tokens_in_out + 2 * rows * i * size
+    if layer.path == "grouped":
+        moved += 2 * rows * h * size + 2 * plan_ints(rows, e) * 4
+    # permute: read x, write rows; gate, up: read rows, write; activation: read both, write; down: read,
+    # write; sum: read, write out.
+    products = matrices - 1
+    unfused = tokens_in_out + rows * size * (h + products * (h + i) + (products + 1) * i + i + 2 * h)
+    unfused += 2 * plan_ints(rows, e) * 4
+    flops = 2 * matrices * rows * h * i
+    compulsory = (weight_bytes + tokens_in_out) / machine.memory_gbs / 1e3
+    return Explanation(
+        machine.arch,
+        layer,
+        "given" if config else "closed form",
+        active_experts,
+        weight_bytes,
+        moved,
+        unfused,
+        flops,
+        max(compulsory, flops / machine.bf16_tflops / 1e6),
+    )

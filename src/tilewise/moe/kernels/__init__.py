@@ -1,0 +1,1 @@
+"""Triton kernels only; nothing of the library outside this folder is imported here."""

@@ -1,0 +1,339 @@
+"""The MoE layer: functions on tensors, and the modules that hold weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models import MoEShape
+from ..ragged import Ragged
+from . import ops  # noqa: F401  Registers torch.ops.tilewise.
+from .activation import SWIGLU, Activation
+from .checks import check_experts_args, check_route_args
+from .schedule import LayerConfig
+from .weights import ExpertWeights
+
+
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = True,
+    e_score_correction_bias: torch.Tensor | None = None,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses each token's experts.
+
+    Ties go to the lower expert index. Ids are unique within a token and in range whatever the logits; a
+    NaN logit ranks lowest and its weight is 0.
+
+    Args:
+        router_logits: [num_tokens, num_experts], fp32, fp16 or bf16.
+        top_k: experts per token.
+        scoring_func: "softmax" over all logits, "topk_softmax" over the chosen ones, or "sigmoid".
+        renormalize: divide the chosen scores by their sum.
+        e_score_correction_bias: [num_experts], added to the scores for choosing only (DeepSeek-V3,
+            arXiv 2412.19437, section 2.1.2).
+        num_expert_group: groups of consecutive experts for group-limited routing (DeepSeek-V2, arXiv
+            2405.04434, section 2.2.2); a group ranks by its best expert, or with a bias by the sum of
+            its two best.
+        topk_group: groups a token may choose from.
+        routed_scaling_factor: multiplies the weights last.
+
+    Returns:
+        topk_weights fp32 and topk_ids int32, both [num_tokens, top_k], best first.
+
+    Raises:
+        ValueError: sizes or options that don't fit together.
+    """
+    if router_logits.dim() != 2:
+        raise ValueError(
+            f"router_logits must be [num_tokens, num_experts], got {tuple(router_logits.shape)}"
+        )
+    bias_shape = None if e_score_correction_bias is None else e_score_correction_bias.shape
+    check_route_args(
+        router_logits.shape[1], top_k, scoring_func, num_expert_group, topk_group, bias_shape
+    )
+    weights, ids = torch.ops.tilewise.route(
+        router_logits,
+        top_k,
+        scoring_func,
+        renormalize,
+        e_score_correction_bias,
+        num_expert_group or 0,
+        topk_group or 0,
+        routed_scaling_factor,
+    )
+    return weights, ids
+
+
+def plan(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    *,
+    expert_map: torch.Tensor | None = None,
+    num_local_experts: int | None = None,
+) -> Ragged:
+    """Groups assignments by expert, on the device, in one launch and without a sync.
+
+    Args:
+        topk_ids: int32 or int64 [num_tokens, top_k], global ids; -1 and >= num_experts are skipped.
+        num_experts: experts in the model.
+        expert_map: int32 [num_experts], global -> local or -1.
+        num_local_experts: experts on this device; `num_experts` without a map.
+
+    Returns:
+        A `Ragged` of local experts; its sources are assignments, token * top_k + slot, in order.
+    """
+    if expert_map is not None and expert_map.shape != (num_experts,):
+        raise ValueError(
+            f"expert_map must be [num_experts={num_experts}], got {tuple(expert_map.shape)}"
+        )
+    local = num_experts if num_local_experts is None else num_local_experts
+    if expert_map is None and local != num_experts:
+        raise ValueError("num_local_experts differs from num_experts: pass an expert_map")
+    return Ragged(*torch.ops.tilewise.plan(topk_ids, local, expert_map))
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: Activation = SWIGLU,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    reduce: bool = True,
+    batch_invariant: bool = False,
+    config: LayerConfig | None = None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The routed experts of one layer: gate and up products, activation, down product, weighted sum.
+
+    Nothing here reads device data on the host; a call can be captured in a CUDA graph and replayed with
+    other routings. The same input gives the same bits, run after run.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size], any strides.
+        weights: the experts on this device, as views.
+        topk_weights: [num_tokens, top_k], fp32, fp16 or bf16.
+        topk_ids: [num_tokens, top_k], int32 or int64, global ids. -1 and ids past the last expert are
+            skipped: they contribute exactly 0.
+        activation: what happens between the products.
+        expert_map: int32 [num_experts], global -> local or -1 for experts held elsewhere.
+        apply_router_weight_on_input: scale an expert's input by its weight instead of its output
+            (Llama 4).
+        reduce: False returns each slot's weighted output, for a host that sums them itself.
+        batch_invariant: a token's bits do not depend on the other tokens of the call.
+        config: overrides the choice of path and tiles.
+        out: written and returned if given; [num_tokens, hidden_size], or with the slots in the middle.
+        workspace: scratch memory, uint8, `workspace_size()` bytes; needs `out`.
+
+    Returns:
+        [num_tokens, hidden_size], or [num_tokens, top_k, hidden_size] without `reduce`; dtype of
+        `hidden_states`.
+
+    Raises:
+        ValueError: shapes, dtypes or options that don't fit together, or a config this machine cannot run.
+    """
+    check_experts_args(
+        hidden_states,
+        weights,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
+    args = (
+        hidden_states,
+        weights.gate,
+        weights.up,
+        weights.down,
+        weights.gate_bias,
+        weights.up_bias,
+        weights.down_bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        "dense",
+        topk_weights,
+        topk_ids,
+        expert_map,
+        activation.kind,
+        activation.alpha,
+        activation.beta,
+        activation.limit,
+        apply_router_weight_on_input,
+        reduce,
+        batch_invariant,
+        "" if config is None else config.to_json(),
+    )
+    if out is None:
+        if workspace is not None:
+            raise ValueError("workspace is given without out: pass out too, or neither")
+        result: torch.Tensor = torch.ops.tilewise.fused_experts(*args)
+        return result
+    shape = (hidden_states.shape[0], *(() if reduce else (topk_ids.shape[1],)), weights.hidden_size)
+    if tuple(out.shape) != shape or out.dtype != hidden_states.dtype or out.stride(-1) != 1:
+        raise ValueError(
+            f"out must be {shape} {hidden_states.dtype} with unit last stride, got "
+            f"{tuple(out.shape)} {out.dtype} strides {out.stride()}"
+        )
+    torch.ops.tilewise.fused_experts_out(out, workspace, *args)
+    return out
+
+
+def fused_moe(
+    hidden_states: torch.Tensor,
+    router_weight: torch.Tensor,
+    weights: ExpertWeights,
+    top_k: int,
+    *,
+    activation: Activation = SWIGLU,
+    scoring_func: str = "softmax",
+    renormalize: bool = True,
+    e_score_correction_bias: torch.Tensor | None = None,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+    routed_scaling_factor: float = 1.0,
+    shared_experts: nn.Module | None = None,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """The whole layer: router product, `route`, `fused_experts`, and shared experts if there are any.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size].
+        router_weight: [num_experts, hidden_size].
+        shared_experts: a module whose output on `hidden_states` is added to every token.
+        Others: as `route` and `fused_experts`.
+
+    Returns:
+        [num_tokens, hidden_size], dtype of `hidden_states`.
+    """
+    logits = nn.functional.linear(hidden_states, router_weight.to(hidden_states.dtype))
+    topk_weights, topk_ids = route(
+        logits,
+        top_k,
+        scoring_func=scoring_func,
+        renormalize=renormalize,
+        e_score_correction_bias=e_score_correction_bias,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    output = fused_experts(
+        hidden_states,
+        weights,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        batch_invariant=batch_invariant,
+    )
+    return output if shared_experts is None else output + shared_experts(hidden_states)
+
+
+class FusedExperts(nn.Module):
+    """Routed experts that own their weights, `[gate; up]` and down.
+
+    Args:
+        shape: sizes of the layer.
+        activation: what happens between the products.
+        dtype: of weights and outputs.
+        device: of the weights.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        *,
+        activation: Activation = SWIGLU,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.activation = activation
+        e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+        rows = 2 * i if activation.is_gated else i
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(e, rows, h, dtype=dtype, device=device), requires_grad=False
+        )
+        self.down_proj = nn.Parameter(
+            torch.empty(e, h, i, dtype=dtype, device=device), requires_grad=False
+        )
+        nn.init.normal_(self.gate_up_proj, std=h**-0.5)
+        nn.init.normal_(self.down_proj, std=i**-0.5)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        if self.activation.is_gated:
+            return ExpertWeights.from_gate_up(self.gate_up_proj, self.down_proj)
+        return ExpertWeights.from_ungated(self.gate_up_proj, self.down_proj)
+
+    def forward(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]; see `fused_experts`."""
+        return fused_experts(
+            hidden_states, self.weights, topk_weights, topk_ids, activation=self.activation
+        )
+
+
+class FusedMoE(FusedExperts):
+    """Router and routed experts in one module, with optional shared experts.
+
+    Args:
+        shape: sizes of the layer.
+        scoring_func: see `route`. renormalize: see `route`.
+        shared_experts: a module added to every token's output.
+        Others: as `FusedExperts`.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        *,
+        activation: Activation = SWIGLU,
+        scoring_func: str = "softmax",
+        renormalize: bool = True,
+        shared_experts: nn.Module | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape, activation=activation, dtype=dtype, device=device)
+        self.scoring_func = scoring_func
+        self.renormalize = renormalize
+        self.shared_experts = shared_experts
+        self.router_weight = nn.Parameter(
+            torch.empty(shape.num_experts, shape.hidden_size, dtype=dtype, device=device),
+            requires_grad=False,
+        )
+        nn.init.normal_(self.router_weight, std=shape.hidden_size**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """[..., hidden_size] -> [..., hidden_size]."""
+        flat = hidden_states.reshape(-1, self.shape.hidden_size)
+        output = fused_moe(
+            flat,
+            self.router_weight,
+            self.weights,
+            self.shape.top_k,
+            activation=self.activation,
+            scoring_func=self.scoring_func,
+            renormalize=self.renormalize,
+            shared_experts=self.shared_experts,
+        )
+        return output.view(hidden_states.shape)

@@ -1,0 +1,113 @@
+"""What one call of the layer launches: the path, and a configuration for each kernel."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..dispatch.config import GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
+from ..dispatch.select import choose, choose_stream
+from ..target import Target
+
+# Up to this many tokens every program streams its own expert; measured in docs/performance.md.
+DECODE_TOKENS = 2
+DECODE_TOP_K = 32
+# The batch that batch-invariant calls choose for, whatever theirs is: a tile of 64 rows serves all.
+INVARIANT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The path of one call and the configuration of its two products.
+
+    Attributes:
+        path: "decode" (two launches, `StreamConfig`s) or "grouped" (`KernelConfig`s).
+        gate_up: configuration of the first product.
+        down: configuration of the second product.
+    """
+
+    path: str
+    gate_up: KernelConfig | StreamConfig
+    down: KernelConfig | StreamConfig
+
+    def __post_init__(self) -> None:
+        kinds = {"decode": StreamConfig, "grouped": KernelConfig}
+        if self.path not in kinds:
+            raise ValueError(f"path={self.path!r} must be one of {sorted(kinds)}")
+        for name in ("gate_up", "down"):
+            if not isinstance(getattr(self, name), kinds[self.path]):
+                raise ValueError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> LayerConfig:
+        values: dict[str, Any] = json.loads(text)
+        kind = StreamConfig if values.get("path") == "decode" else KernelConfig
+        return LayerConfig(values["path"], kind(**values["gate_up"]), kind(**values["down"]))
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """The host-side facts of one call, hashable so that a decision is made once."""
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    itemsize: int
+    gated: bool
+    descriptors_possible: bool
+    reduce: bool = True
+    batch_invariant: bool = False
+
+    def gemms(self) -> tuple[GroupedGemm, GroupedGemm]:
+        """The two products; batch-invariant calls describe a batch of one fixed size."""
+        tokens = INVARIANT_TOKENS if self.batch_invariant else self.num_tokens
+        rows = tokens * self.top_k
+        gate_up = GroupedGemm(
+            rows, tokens, self.num_experts, self.intermediate_size, self.hidden_size,
+            2 if self.gated else 1, self.itemsize, True, self.descriptors_possible,
+        )  # fmt: skip
+        down = GroupedGemm(
+            rows, tokens, self.num_experts, self.hidden_size, self.intermediate_size,
+            1, self.itemsize, False, self.descriptors_possible,
+        )  # fmt: skip
+        return gate_up, down
+
+
+@functools.lru_cache(maxsize=65536)
+def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
+    """The configuration of a call; from its shape alone if it must not depend on the batch."""
+    gate_up, down = problem.gemms()
+    if (
+        problem.reduce
+        and not problem.batch_invariant
+        and problem.num_tokens <= DECODE_TOKENS
+        and problem.top_k <= DECODE_TOP_K
+    ):
+        return LayerConfig("decode", choose_stream(gate_up, target), choose_stream(down, target))
+    return LayerConfig("grouped", choose(gate_up, target), choose(down, target))
+
+
+@functools.lru_cache(maxsize=1024)
+def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> LayerConfig:
+    """A caller's configuration, refused with the reason if it cannot run here."""
+    config = LayerConfig.from_json(config_json)
+    if config.path == "decode":
+        if not problem.reduce:
+            raise ValueError("config.path='decode' always reduces; use 'grouped' for reduce=False")
+        return config
+    for name, gemm in zip(("gate_up", "down"), problem.gemms(), strict=True):
+        kernel_config = getattr(config, name)
+        reason = why_illegal(kernel_config, gemm, target)
+        if reason is not None:
+            raise ValueError(
+                f"config.{name}={kernel_config} cannot run: {reason}; nearest legal: "
+                f"{fit(kernel_config, gemm, target)}"
+            )
+    return config

@@ -1,0 +1,165 @@
+"""Compiling ahead of serving: every kernel variant that calls of a layer can need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..models import MoEShape
+from ..target import Target
+from . import launch as launching
+from .activation import SWIGLU, Activation
+from .forward import forward_into, problem_of
+from .plan import plan_block
+from .route import route_into
+from .schedule import schedule
+from .weights import ExpertWeights
+from .workspace import buffer_sizes
+
+
+def meta_weights(
+    shape: MoEShape, dtype: torch.dtype, activation: Activation, bias: bool = False
+) -> ExpertWeights:
+    """Weights of the usual layout without memory: [E, 2I, H] with gate rows first, and [E, H, I]."""
+    e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    down_bias = empty(e, h) if bias else None
+    if not activation.is_gated:
+        up_bias = empty(e, i) if bias else None
+        return ExpertWeights.from_ungated(
+            empty(e, i, h), empty(e, h, i), up_bias=up_bias, down_bias=down_bias
+        )
+    gate_up_bias = empty(e, 2 * i) if bias else None
+    return ExpertWeights.from_gate_up(
+        empty(e, 2 * i, h), empty(e, h, i), gate_up_bias=gate_up_bias, down_bias=down_bias
+    )
+
+
+def representative_tokens(
+    weights: ExpertWeights, top_k: int, max_tokens: int, batch_invariant: bool, target: Target
+) -> list[int]:
+    """Token counts up to `max_tokens` that between them need every variant, one count a variant."""
+    seen: dict[object, int] = {}
+    for num_tokens in range(1, max_tokens + 1):
+        ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
+        hidden = torch.empty((num_tokens, weights.hidden_size), dtype=weights.dtype, device="meta")
+        problem = problem_of(
+            hidden, weights.gate, weights.up, weights.down, ids, True, batch_invariant
+        )
+        # The plan's step is a variant of its own; decode has no plan.
+        key = (schedule(problem, target), plan_block(num_tokens * top_k))
+        seen.setdefault(key, num_tokens)
+    return sorted(seen.values())
+
+
+def warmup(
+    shapes: MoEShape | Iterable[MoEShape],
+    *,
+    max_tokens: int = 8192,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: Activation = SWIGLU,
+    bias: bool = False,
+    weights: ExpertWeights | None = None,
+    topk_ids_dtype: torch.dtype = torch.int32,
+    topk_weights_dtype: torch.dtype = torch.float32,
+    expert_map: bool = False,
+    apply_router_weight_on_input: bool = False,
+    reduce: bool = True,
+    batch_invariant: bool = False,
+    routing: bool = True,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Compiles every kernel that calls with these options and up to `max_tokens` tokens can need.
+
+    Nothing is run and no device memory is taken. Later calls with the same options compile nothing.
+
+    Args:
+        shapes: layers to prepare; with `expert_map`, `num_experts` counts this device's experts.
+        max_tokens: the largest call to prepare for.
+        dtype: of hidden states and weights.
+        activation, bias: as the weights have them.
+        weights: the real weights, if their strides differ from [gate; up] rows; memory is not read.
+        topk_ids_dtype, topk_weights_dtype: as the router gives them.
+        expert_map, apply_router_weight_on_input, reduce, batch_invariant: as the calls pass them.
+        routing: prepare the default `route` too.
+        device: the accelerator; the current one if None. Without one there is nothing to compile.
+        progress: called with (done, total) after each step.
+
+    Returns:
+        Sorted unique "kernel:hash" of what was compiled or already there.
+    """
+    target = Target.probe(device)
+    if target.backend == "cpu":
+        return []
+    jobs: list[tuple[MoEShape, ExpertWeights, int]] = []
+    for shape in [shapes] if isinstance(shapes, MoEShape) else shapes:
+        w = weights or meta_weights(shape, dtype, activation, bias)
+        for tokens in representative_tokens(w, shape.top_k, max_tokens, batch_invariant, target):
+            jobs.append((shape, w, tokens))
+    keys: set[str] = set()
+    for done, (shape, w, tokens) in enumerate(jobs):
+        with launching.compile_only() as compiled:
+            _call(
+                shape, w, tokens, target, activation, topk_ids_dtype, topk_weights_dtype,
+                expert_map, apply_router_weight_on_input, reduce, batch_invariant,
+            )  # fmt: skip
+            if routing:
+                logits = torch.empty((tokens, shape.num_experts), dtype=dtype, device="meta")
+                out = torch.empty((tokens, shape.top_k), dtype=torch.float32, device="meta")
+                route_into(
+                    out, out.to(torch.int32), logits, shape.top_k, "softmax", True, None, 0, 0, 1.0
+                )
+        keys.update(f"{name}:{key}" for name, key in compiled)
+        if progress is not None:
+            progress(done + 1, len(jobs))
+    return sorted(keys)
+
+
+def _call(
+    shape: MoEShape,
+    weights: ExpertWeights,
+    tokens: int,
+    target: Target,
+    activation: Activation,
+    ids_dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    expert_map: bool,
+    on_input: bool,
+    reduce: bool,
+    batch_invariant: bool,
+) -> None:
+    def empty(*size: int, dtype: torch.dtype = weights.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    hidden = empty(tokens, shape.hidden_size)
+    ids = empty(tokens, shape.top_k, dtype=ids_dtype)
+    problem = problem_of(
+        hidden, weights.gate, weights.up, weights.down, ids, reduce, batch_invariant
+    )
+    sizes = buffer_sizes(problem, schedule(problem, target))
+    slots = () if reduce else (shape.top_k,)
+    forward_into(
+        empty(tokens, *slots, shape.hidden_size),
+        empty(sum(sizes), dtype=torch.uint8),
+        hidden,
+        weights.gate,
+        weights.up,
+        weights.down,
+        weights.gate_bias,
+        weights.up_bias,
+        weights.down_bias,
+        empty(tokens, shape.top_k, dtype=weights_dtype),
+        ids,
+        activation,
+        empty(shape.num_experts, dtype=torch.int32) if expert_map else None,
+        on_input,
+        reduce,
+        batch_invariant,
+        "",
+        target,
+    )

@@ -1,0 +1,134 @@
+"""The machine as numbers. Every capability question in the library is answered here, once."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # The catalogue and every decision made from it work without torch.
+    import torch
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True)
+class Target:
+    """One accelerator as the dispatcher sees it.
+
+    Attributes:
+        backend: "cuda", "hip", or "cpu" (no accelerator).
+        arch: compiler name: "sm_90", "gfx942", or "cpu".
+        num_sms: streaming multiprocessors (NVIDIA) or compute units (AMD).
+        shared_memory: bytes of shared memory one program may use.
+        l2_bytes: last-level on-chip cache in bytes.
+        warp_size: lanes per warp (NVIDIA) or wavefront (AMD).
+        tensor_descriptors: whether Triton lowers descriptor loads to a copy engine here.
+        warpgroup_mma: whether a dot wants 64 rows on its first operand (Hopper's wgmma).
+        memory_gbs: nominal device memory bandwidth, GB/s.
+        bf16_tflops: nominal dense bf16 rate, TFLOP/s.
+    """
+
+    backend: str
+    arch: str
+    num_sms: int
+    shared_memory: int
+    l2_bytes: int
+    warp_size: int
+    tensor_descriptors: bool
+    warpgroup_mma: bool
+    memory_gbs: float
+    bf16_tflops: float
+
+    @property
+    def capability(self) -> int:
+        """Compute capability times ten on NVIDIA (90 for sm_90), 0 elsewhere."""
+        return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
+
+    @staticmethod
+    def from_arch(arch: str) -> Target:
+        """The catalogue entry of an architecture, for compiling without the machine."""
+        if arch not in CATALOGUE:
+            raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(CATALOGUE)}")
+        return CATALOGUE[arch]
+
+    @staticmethod
+    def probe(device: torch.device | str | int | None = None) -> Target:
+        """The machine behind `device`; the catalogue's nominal rates, the driver's sizes."""
+        index = _device_index(device)
+        if index is None:
+            return CPU
+        return _probe(index)
+
+
+def _nvidia(
+    arch: str, sms: int, shared: int, l2: int, gbs: float, tflops: float, *, tma: bool = False
+) -> Target:
+    return Target("cuda", arch, sms, shared, l2, 32, tma, arch == "sm_90", gbs, tflops)
+
+
+def _amd(
+    arch: str, cus: int, lds: int, l2: int, gbs: float, tflops: float, *, warp: int = 64
+) -> Target:
+    return Target("hip", arch, cus, lds, l2, warp, False, False, gbs, tflops)
+
+
+CPU = Target("cpu", "cpu", 1, 99 * KIB, 32 * MIB, 32, False, False, 50.0, 1.0)
+
+# Sizes from the vendors' datasheets; a probed machine replaces them by what its driver reports.
+CATALOGUE: dict[str, Target] = {
+    t.arch: t
+    for t in (
+        _nvidia("sm_80", 108, 163 * KIB, 40 * MIB, 2039, 312),  # A100
+        _nvidia("sm_86", 82, 99 * KIB, 6 * MIB, 936, 71),  # RTX 3090
+        _nvidia("sm_89", 128, 99 * KIB, 72 * MIB, 1008, 165),  # RTX 4090
+        _nvidia("sm_90", 132, 227 * KIB, 50 * MIB, 4800, 989, tma=True),  # H200
+        _nvidia("sm_100", 148, 227 * KIB, 126 * MIB, 8000, 2250, tma=True),  # B200
+        _nvidia("sm_120", 170, 99 * KIB, 96 * MIB, 1792, 210, tma=True),  # RTX 5090
+        _amd("gfx90a", 104, 64 * KIB, 8 * MIB, 1638, 191),  # MI250X, one die
+        _amd("gfx942", 304, 64 * KIB, 32 * MIB, 5300, 1307),  # MI300X, 4 MiB on each of 8 dies
+        _amd("gfx950", 256, 160 * KIB, 32 * MIB, 8000, 2300),  # MI355X
+        _amd("gfx1100", 96, 64 * KIB, 6 * MIB, 960, 123, warp=32),  # RX 7900 XTX
+        _amd("gfx1201", 64, 64 * KIB, 8 * MIB, 640, 195, warp=32),  # RX 9070 XT
+    )
+}
+
+
+def _device_index(device: torch.device | str | int | None) -> int | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    if device is None:
+        return torch.cuda.current_device()
+    if isinstance(device, int):
+        return device
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _probe(index: int) -> Target:
+    import torch
+
+    props = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = props.gcnArchName.split(":")[0]
+        nearest = CATALOGUE.get(arch, CATALOGUE["gfx1100"])
+        return replace(
+            nearest, arch=arch, num_sms=props.multi_processor_count, l2_bytes=props.L2_cache_size
+        )
+    capability = props.major * 10 + props.minor
+    known = [t for t in CATALOGUE.values() if t.backend == "cuda"]
+    # An unknown chip decides like the newest known one that is not newer than it.
+    older = [t for t in known if t.capability <= capability] or known[:1]
+    return replace(
+        max(older, key=lambda t: t.capability),
+        arch=f"sm_{capability}",
+        num_sms=props.multi_processor_count,
+        shared_memory=props.shared_memory_per_block_optin,
+        l2_bytes=props.L2_cache_size,
+    )

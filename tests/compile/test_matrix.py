@@ -1,0 +1,225 @@
+"""Every kernel x dtype x architecture compiles, with matrix instructions, within shared memory, unspilled.
+
+"Compiled" is all that is claimed: none of this runs. The configurations are those that the library would
+choose on each machine. TILEWISE_COMPILE_FULL=1 adds every token count and shape to every dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+from .crosscompile import ARCHS, compile_kernel, load
+
+FULL = os.environ.get("TILEWISE_COMPILE_FULL") == "1"
+DTYPES = ("bf16", "fp16", "fp32")
+# Sizes that divide by every tile, by 16 alone (every published model does), and by nothing.
+SHAPES = {
+    "even": (128, 8, 2048, 1024),
+    "by16": (60, 4, 1424, 720),
+    "odd": (60, 4, 1411, 709),
+}
+TOKENS = (8, 32, 128, 2048)
+
+config = load("dispatch.config")
+select = load("dispatch.select")
+target_module = load("target")
+
+
+def gemm(shape: str, tokens: int, stage: str, dtype: str) -> Any:
+    experts, top_k, hidden, inter = SHAPES[shape]
+    size = 4 if dtype == "fp32" else 2
+    rows, aligned = tokens * top_k, shape != "odd"
+    if stage == "gate_up":
+        return config.GroupedGemm(rows, tokens, experts, inter, hidden, 2, size, True, aligned)
+    return config.GroupedGemm(rows, tokens, experts, hidden, inter, 1, size, False, aligned)
+
+
+def precision(dtype: str, arch: str) -> str:
+    return "tf32x3" if dtype == "fp32" and arch.startswith("sm") else "ieee"
+
+
+def grouped_arguments(
+    shape: str, stage: str, dtype: str, arch: str, cfg: Any, kind: str, extras: bool
+) -> dict[str, Any]:
+    problem = gemm(shape, 8, stage, dtype)
+    pointer, gated = f"*{dtype}!", stage == "gate_up"
+    weight, rows = pointer, pointer
+    # Triton learns at run time which sizes divide by 16 and vectorises loads by it.
+    size = "i32" if shape == "odd" else "i32!"
+    if cfg.descriptors:
+        weight = f"tensordesc<{dtype}[1, {cfg.block_n}, {cfg.block_k}]>"
+        if not gated:
+            rows = f"tensordesc<{dtype}[{cfg.block_m}, {cfg.block_k}]>"
+    return {
+        "x_ptr": rows, "gate": weight, "up": weight, "gate_bias_ptr": pointer,
+        "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
+        "gather_ptr": "*i32", "row_weights_ptr": "*fp32!",
+        "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
+        "stride_xm": size, "stride_xk": 1, "stride_ge": size, "stride_gn": size,
+        "stride_gk": 1, "stride_ue": size, "stride_un": size, "stride_uk": 1,
+        "stride_gbe": size, "stride_gbn": 1, "stride_ube": size, "stride_ubn": 1,
+        "stride_rt": "i32", "stride_rk": 1, "stride_om": size,
+        "SEGMENTS": 256, "GATED": gated, "GATHER": gated, "BIAS": extras,
+        "ROW_WEIGHTS": extras and gated, "KIND": kind if gated else "none", "ALPHA": 1.702,
+        "BETA": 1.0, "LIMIT": 7.0 if extras else None,
+        "EVEN_K": problem.k % cfg.block_k == 0, "EVEN_N": problem.n % cfg.block_n == 0,
+        "SAME_STRIDES": True,
+        "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
+        "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent, "UPCAST": False,
+        "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
+        "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
+    }  # fmt: skip
+
+
+def grouped_cases() -> list[Any]:
+    cases = []
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            tokens = TOKENS if FULL or dtype == "bf16" else (8, 2048)
+            for stage in ("gate_up", "down"):
+                for shape in SHAPES if FULL or dtype == "bf16" else ("by16",):
+                    seen = set()
+                    for count in tokens if shape == "even" else (tokens[0], tokens[-1]):
+                        cfg = select.choose(
+                            gemm(shape, count, stage, dtype), target_module.Target.from_arch(arch)
+                        )
+                        if cfg not in seen:
+                            seen.add(cfg)
+                            name = f"{arch}-{dtype}-{stage}-{shape}-{count}"
+                            cases.append(pytest.param(arch, dtype, stage, shape, cfg, id=name))
+    return cases
+
+
+@pytest.mark.parametrize(("arch", "dtype", "stage", "shape", "cfg"), grouped_cases())
+def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -> None:
+    kernel = load("moe.kernels.grouped").grouped_gemm_kernel
+    arguments = grouped_arguments(shape, stage, dtype, arch, cfg, "swiglu", shape != "even")
+    compiled = compile_kernel(kernel, arch, arguments, cfg.num_warps, cfg.num_stages)
+    assert re.search(ARCHS[arch][1][dtype], compiled.assembly), "no matrix instruction"
+    limit = target_module.Target.from_arch(arch).shared_memory
+    assert compiled.shared <= limit, f"{compiled.shared} B of shared memory, limit {limit}"
+    estimate = config.shared_memory(cfg, gemm(shape, 8, stage, dtype))
+    assert compiled.shared <= estimate, f"estimated {estimate} B, needs {compiled.shared}"
+    if shape != "odd":  # Element-wise loads hold their tiles in registers; no model needs them fast.
+        assert compiled.spilled == 0, f"spills {compiled.spilled}"
+    if cfg.swap_operands and dtype != "fp32":
+        assert "wgmma" in compiled.assembly, "operands were swapped for wgmma, which is not there"
+    if cfg.descriptors and arch.startswith("sm"):
+        assert "cp.async.bulk.tensor" in compiled.assembly, "descriptor loads fell back"
+
+
+@pytest.mark.parametrize("kind", ["geglu", "geglu_tanh", "reglu2", "silu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])
+def test_activations(arch: str, kind: str) -> None:
+    cfg = config.KernelConfig(16, 32, 32, 1, 4, 2)
+    arguments = grouped_arguments("odd", "gate_up", "bf16", arch, cfg, kind, True)
+    if kind in ("silu", "gelu", "gelu_tanh", "relu2"):
+        arguments["GATED"] = False
+    compiled = compile_kernel(
+        load("moe.kernels.grouped").grouped_gemm_kernel, arch, arguments, 4, 2
+    )
+    assert re.search(ARCHS[arch][1]["bf16"], compiled.assembly)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_decode(arch: str, dtype: str) -> None:
+    target = target_module.Target.from_arch(arch)
+    kernels = load("moe.kernels.decode")
+    pointer = f"*{dtype}!"
+    for tokens in (1, 2):
+        gate_up = select.choose_stream(gemm("even", tokens, "gate_up", dtype), target)
+        compiled = compile_kernel(
+            kernels.decode_gate_up_kernel, arch,
+            {
+                **dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "gate_bias_ptr", "up_bias_ptr",
+                                 "act_ptr"), pointer),
+                "ids_ptr": "*i32", "map_ptr": "*i32!", "row_weights_ptr": "*fp32",
+                **dict.fromkeys(("num_experts", "N", "K", "top_k"), "i32"),
+                "stride_xm": "i32!", "stride_xk": 1, "stride_ge": "i32!", "stride_gn": "i32!",
+                "stride_gk": 1, "stride_ue": "i32!", "stride_un": "i32!", "stride_uk": 1,
+                "stride_gbe": "i32", "stride_gbn": 1, "stride_ube": "i32", "stride_ubn": 1,
+                "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32", "stride_rk": 1,
+                "HAS_MAP": tokens == 2, "GATED": True, "BIAS": True, "ROW_WEIGHTS": True,
+                "KIND": "swiglu", "ALPHA": 1.0, "BETA": 0.0, "LIMIT": None,
+                "BLOCK_N": gate_up.block_n, "BLOCK_K": gate_up.block_k,
+                "NUM_STAGES": gate_up.num_stages,
+            }, gate_up.num_warps, gate_up.num_stages,
+        )  # fmt: skip
+        assert compiled.shared <= target.shared_memory
+        assert compiled.spilled == 0
+        down = select.choose_stream(gemm("even", tokens, "down", dtype), target)
+        compiled = compile_kernel(
+            kernels.decode_down_kernel, arch,
+            {
+                **dict.fromkeys(("act_ptr", "down_ptr", "bias_ptr", "out_ptr"), pointer),
+                "ids_ptr": "*i32", "map_ptr": "*i32!", "row_weights_ptr": "*fp32",
+                **dict.fromkeys(("num_experts", "N", "K", "top_k"), "i32"),
+                "stride_de": "i32!", "stride_dn": "i32!", "stride_dk": 1, "stride_be": "i32",
+                "stride_bn": 1, "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32",
+                "stride_rk": 1, "stride_om": "i32!", "HAS_MAP": tokens == 2, "BIAS": True,
+                "ROW_WEIGHTS": True, "BLOCK_N": down.block_n, "BLOCK_K": down.block_k,
+                "NUM_STAGES": down.num_stages,
+            }, down.num_warps, down.num_stages,
+        )  # fmt: skip
+        assert compiled.shared <= target.shared_memory
+        assert compiled.spilled == 0
+
+
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_plan(arch: str) -> None:
+    limit = target_module.Target.from_arch(arch).shared_memory
+    for ids, block, contiguous in (("*i32!", 256, True), ("*i64!", 4096, False)):
+        compiled = compile_kernel(
+            load("moe.kernels.plan").plan_kernel, arch,
+            {
+                "ids_ptr": ids, "map_ptr": "*i32!", "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
+                "gather_ptr": "*i32", "scatter_ptr": "*i32", "num_assignments": "i32",
+                "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32",
+                "stride_t": "i32", "stride_k": 1, "HAS_MAP": not contiguous,
+                "CONTIGUOUS": contiguous, "BLOCK": block,
+            }, 4 if block <= 1024 else 8, 3,
+        )  # fmt: skip
+        assert compiled.shared <= limit
+        assert compiled.spilled == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_combine(arch: str, dtype: str) -> None:
+    for reduce in (True, False):
+        compiled = compile_kernel(
+            load("moe.kernels.combine").combine_kernel, arch,
+            {
+                "rows_ptr": f"*{dtype}!", "scatter_ptr": "*i32", "weights_ptr": "*fp32",
+                "out_ptr": f"*{dtype}!", "hidden_size": "i32!", "top_k": "i32",
+                "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!",
+                "ROUTER_WEIGHT": True, "REDUCE": reduce, "BLOCK": 1024,
+            }, 4, 3,
+        )  # fmt: skip
+        assert compiled.spilled == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_route(arch: str, dtype: str) -> None:
+    for scoring, groups, bias, experts, slots in (
+        ("softmax", 1, False, 128, 8),
+        ("sigmoid", 8, True, 256, 8),
+        ("topk_softmax", 1, False, 2048, 16),
+    ):
+        compiled = compile_kernel(
+            load("moe.kernels.topk").route_kernel, arch,
+            {
+                "logits_ptr": f"*{dtype}!", "bias_ptr": "*fp32!", "weights_ptr": "*fp32!",
+                "ids_ptr": "*i32!", "num_experts": "i32", "top_k": "i32", "group_size": "i32",
+                "topk_group": "i32", "stride_lt": "i32", "stride_le": 1, "scale": "fp32",
+                "SCORING": scoring, "RENORMALIZE": True, "HAS_BIAS": bias, "NUM_GROUPS": groups,
+                "EXPERTS": experts, "SLOTS": slots,
+            }, 1 if experts <= 256 else 8, 3,
+        )  # fmt: skip
+        assert compiled.spilled == 0
