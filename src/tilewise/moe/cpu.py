@@ -3,69 +3,67 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from . import reference
 from .activation import SWIGLU, Activation
+from .checks import check_experts_args
 from .weights import ExpertWeights
 
-# A product of this many rows at a time makes a row's bits independent of how many rows there are.
-INVARIANT_ROWS = 32
+# BLAS picks its summation order by the number of rows: `batch_invariant` fixes it to this many.
+INVARIANT_ROWS = 8
 
-
-def route(
-    router_logits: torch.Tensor,
-    top_k: int,
-    *,
-    scoring_func: str = "softmax",
-    renormalize: bool = True,
-    e_score_correction_bias: torch.Tensor | None = None,
-    num_expert_group: int | None = None,
-    topk_group: int | None = None,
-    routed_scaling_factor: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `tilewise.route`; the specification is already vectorised."""
-    return reference.route(
-        router_logits,
-        top_k,
-        scoring_func=scoring_func,
-        renormalize=renormalize,
-        e_score_correction_bias=e_score_correction_bias,
-        num_expert_group=num_expert_group,
-        topk_group=topk_group,
-        routed_scaling_factor=routed_scaling_factor,
-    )
+# The specification of routing is vectorised already.
+route = reference.route
 
 
 def plan(
     topk_ids: torch.Tensor, num_local_experts: int, *, expert_map: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sizes, offsets, gather, scatter) of `Ragged`, int32."""
-    local = local_ids(topk_ids, num_local_experts, expert_map).flatten()
-    n = local.numel()
+    """Groups assignments by local expert: a stable counting sort.
+
+    Args:
+        topk_ids: int32 or int64 [num_tokens, top_k], global ids.
+        num_local_experts: experts on this device.
+        expert_map: [num_experts], global -> local or -1; None where every expert is local.
+
+    Returns:
+        (sizes, offsets, gather, scatter) of `Ragged`, int32; unspecified entries are -1.
+    """
+    device = topk_ids.device
+    key = local_ids(topk_ids, num_local_experts, expert_map).flatten()
     # Skipped assignments sort behind every expert.
-    key = torch.where(local < 0, num_local_experts, local)
-    order = torch.argsort(key, stable=True)
+    key = torch.where(key < 0, num_local_experts, key)
+    order = torch.argsort(key, stable=True).to(torch.int32)
     sizes = torch.bincount(key, minlength=num_local_experts + 1)[:num_local_experts]
-    offsets = torch.zeros(num_local_experts + 1, dtype=torch.int32)
+    offsets = torch.zeros(num_local_experts + 1, dtype=torch.int32, device=device)
     offsets[1:] = sizes.cumsum(0)
     rows = int(offsets[-1])
-    gather = torch.full((n,), -1, dtype=torch.int32)
-    gather[:rows] = order[:rows].to(torch.int32)
-    scatter = torch.full((n,), -1, dtype=torch.int32)
-    scatter[order[:rows]] = torch.arange(rows, dtype=torch.int32)
+    gather = torch.full_like(order, -1)
+    gather[:rows] = order[:rows]
+    scatter = torch.full_like(order, -1)
+    scatter[order[:rows].long()] = torch.arange(rows, dtype=torch.int32, device=device)
     return sizes.to(torch.int32), offsets, gather, scatter
 
 
 def local_ids(
     topk_ids: torch.Tensor, num_local_experts: int, expert_map: torch.Tensor | None
 ) -> torch.Tensor:
-    """int64 local expert of each assignment, -1 where it is to be skipped."""
+    """int64 local expert of each assignment, negative where it is to be skipped."""
     ids = topk_ids.long()
-    num_experts = num_local_experts if expert_map is None else expert_map.shape[0]
+    if expert_map is None:
+        return torch.where((ids >= 0) & (ids < num_local_experts), ids, -1)
+    num_experts = expert_map.shape[0]
+    if num_experts == 0:
+        return torch.full_like(ids, -1)
+    largest = int(expert_map.max())
+    if largest >= num_local_experts:
+        raise ValueError(
+            f"expert_map names local expert {largest}, but there are {num_local_experts}: its values "
+            "must be -1 or below that"
+        )
     valid = (ids >= 0) & (ids < num_experts)
-    if expert_map is not None and num_experts:
-        ids = expert_map.long()[ids.clamp(0, num_experts - 1)]
-    return torch.where(valid, ids, -1)
+    return torch.where(valid, expert_map.long()[ids.clamp(0, num_experts - 1)], -1)
 
 
 def fused_experts(
@@ -83,56 +81,102 @@ def fused_experts(
 ) -> torch.Tensor:
     """As `tilewise.fused_experts`. Products run in the weights' dtype, everything else in fp32.
 
-    `batch_invariant` multiplies a fixed number of rows at a time, padded, since BLAS picks its summation
-    order by the number of rows.
+    `batch_invariant` multiplies `INVARIANT_ROWS` rows at a time, padded, and activates rows one by one.
+    It relies on BLAS treating the rows of one fixed shape alike, which the tests check bit by bit.
+
+    Args:
+        out: written and returned if given; any strides.
+        Others: as `tilewise.fused_experts`.
+
+    Returns:
+        [num_tokens, hidden_size], or [num_tokens, top_k, hidden_size] without `reduce`; dtype of
+        `hidden_states`.
+
+    Raises:
+        ValueError: arguments that don't fit together, or an `expert_map` that names no local expert.
     """
+    check_experts_args(
+        hidden_states,
+        weights,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
     num_tokens, top_k = topk_ids.shape
-    hidden_size = weights.hidden_size
+    shape = (num_tokens, weights.hidden_size)
+    if not reduce:
+        shape = (num_tokens * top_k, weights.hidden_size)
     _, offsets, gather, _ = plan(topk_ids, weights.num_local_experts, expert_map=expert_map)
     bounds = offsets.tolist()
-    slots = torch.zeros((num_tokens * top_k, hidden_size), dtype=torch.float32)
-    scale = topk_weights.reshape(-1).float()
-    for expert in range(weights.num_local_experts):
-        first, last = bounds[expert], bounds[expert + 1]
+    scale = topk_weights.flatten().float()
+    result = torch.zeros(shape, dtype=torch.float32, device=hidden_states.device)
+    for expert, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if first == last:
             continue
         assignments = gather[first:last].long()
-        x = hidden_states[assignments // top_k]
-        weight = scale[assignments][:, None]
-        gate = None
-        up = _product(x, weights.up[expert], batch_invariant)
-        if weights.gate is not None:
-            gate = _product(x, weights.gate[expert], batch_invariant)
-        if apply_router_weight_on_input:
-            up = up * weight
-            gate = None if gate is None else gate * weight
-        if weights.up_bias is not None:
-            up = up + weights.up_bias[expert].float()
-        if gate is not None and weights.gate_bias is not None:
-            gate = gate + weights.gate_bias[expert].float()
-        act = activation.apply(gate, up).to(hidden_states.dtype)
-        rows = _product(act, weights.down[expert], batch_invariant)
-        if weights.down_bias is not None:
-            rows = rows + weights.down_bias[expert].float()
-        slots[assignments] = rows if apply_router_weight_on_input else rows * weight
-    result = slots.view(num_tokens, top_k, hidden_size)
-    if reduce:
-        # One slot after another: the same order for every batch.
-        total = torch.zeros((num_tokens, hidden_size), dtype=torch.float32)
-        for slot in range(top_k):
-            total += result[:, slot]
-        result = total
+        tokens = assignments // top_k
+        weight = scale[assignments, None]
+        rows = _expert(
+            hidden_states[tokens],
+            weights,
+            expert,
+            weight if apply_router_weight_on_input else None,
+            activation,
+            batch_invariant,
+        )
+        if not apply_router_weight_on_input:
+            rows *= weight
+        # A token's experts are added in the order of their numbers, whatever the batch.
+        result.index_add_(0, tokens if reduce else assignments, rows)
+    if not reduce:
+        result = result.view(num_tokens, top_k, weights.hidden_size)
     if out is None:
         return result.to(hidden_states.dtype)
+    if out.shape != result.shape:
+        raise ValueError(f"out must be {tuple(result.shape)}, got {tuple(out.shape)}")
     return out.copy_(result)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, batch_invariant: bool) -> torch.Tensor:
-    """x [R, K] @ weight [N, K].T in fp32."""
+def _expert(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    expert: int,
+    input_weight: torch.Tensor | None,
+    activation: Activation,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    """One expert on its rows: x [R, H], input_weight fp32 [R, 1] or None -> fp32 [R, H]."""
+
+    def product(
+        rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        result = _product(rows, matrix[expert], batch_invariant)
+        if scale is not None:
+            # Scaling the product equals scaling the input row, without rounding that row.
+            result *= scale
+        return result if bias is None else result + bias[expert].float()
+
+    gate = None
+    if weights.gate is not None:
+        gate = product(x, weights.gate, weights.gate_bias, input_weight)
+    up = product(x, weights.up, weights.up_bias, input_weight)
+    if batch_invariant:
+        act = torch.empty_like(up)
+        # A vectorised loop ends in scalar code with another exp: row by row, its end never moves.
+        for row in range(len(up)):
+            act[row] = activation.apply(None if gate is None else gate[row], up[row])
+    else:
+        act = activation.apply(gate, up)
+    return product(act.to(x.dtype), weights.down, weights.down_bias, None)
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor, batch_invariant: bool) -> torch.Tensor:
+    """x [R, K] @ matrix [N, K].T in their dtype, then fp32."""
     if not batch_invariant:
-        return torch.nn.functional.linear(x, weight).float()
+        return F.linear(x, matrix).float()
     rows = x.shape[0]
-    padded = x.new_zeros((-(-rows // INVARIANT_ROWS) * INVARIANT_ROWS, x.shape[1]))
-    padded[:rows] = x
-    parts = [torch.nn.functional.linear(part, weight) for part in padded.split(INVARIANT_ROWS)]
+    padded = F.pad(x, (0, 0, 0, -rows % INVARIANT_ROWS))
+    parts = [F.linear(part, matrix) for part in padded.split(INVARIANT_ROWS)]
     return torch.cat(parts)[:rows].float()

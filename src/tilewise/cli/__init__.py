@@ -1,0 +1,38 @@
+"""The command line: a module for each command, which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the command line needs typer and rich: pip install 'tilewise[cli]'"
+    ) from error
+
+from .. import __version__
+from .demo import demo
+
+app = typer.Typer(
+    name="tilewise",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tilewise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Mixture-of-Experts layers at hardware speed, in portable Triton."""
+
+
+app.command()(demo)

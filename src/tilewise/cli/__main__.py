@@ -1,0 +1,5 @@
+"""`python -m tilewise.cli`."""
+
+from . import app
+
+app(prog_name="tilewise")

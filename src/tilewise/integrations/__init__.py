@@ -1,0 +1,1 @@
+"""Plugs for other libraries. Each module imports its host when used, never before."""

@@ -1,0 +1,150 @@
+"""Tilewise as an experts implementation of Hugging Face transformers, 5.10 and newer.
+
+    tilewise.integrations.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tilewise")
+
+or, for a model that is already there, `use_tilewise(model)`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..moe.activation import GEGLU, GEGLU_TANH, GELU, GELU_TANH, RELU2, SILU, SWIGLU, Activation
+from ..moe.layer import fused_experts
+from ..moe.weights import ExpertWeights
+
+NAME = "tilewise"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Class of `act_fn` -> activation with and without a gate. A subclass may compute anything else.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": (SWIGLU, SILU),
+    "transformers.activations.SiLUActivation": (SWIGLU, SILU),
+    "transformers.activations.GELUActivation": (GEGLU, GELU),
+    "transformers.activations.GELUTanh": (GEGLU_TANH, GELU_TANH),
+    "transformers.activations.NewGELUActivation": (GEGLU_TANH, GELU_TANH),
+    "transformers.activations.ReLUSquaredActivation": (None, RELU2),
+}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_warned: set[tuple[type, str]] = set()
+
+
+def register() -> None:
+    """Makes the name "tilewise" known to transformers. Calling it again changes nothing."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(NAME, experts_forward)
+    # Models in fp8 look in a registry of their own; they are sent on to their own code.
+    from transformers.integrations import finegrained_fp8
+
+    fp8 = getattr(finegrained_fp8, "FP8ExpertsInterface", None)
+    if fp8 is not None:
+        fp8.register(NAME, experts_forward)
+
+
+def use_tilewise(model: Model) -> Model:
+    """Switches a loaded model's experts to Tilewise; returns the model."""
+    register()
+    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    return model
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The experts of one layer, for transformers to call with one of its experts modules.
+
+    What Tilewise cannot compute exactly is left to the model's own code, with a warning that says why.
+
+    Args:
+        self: a module whose class is decorated with `use_experts_implementation`.
+        hidden_states: [num_tokens, hidden_size].
+        top_k_index: int64 [num_tokens, top_k]; ids >= num_experts belong to another device.
+        top_k_weights: [num_tokens, top_k].
+
+    Returns:
+        [num_tokens, hidden_size], dtype of `hidden_states`.
+    """
+    reason, activation = _unsupported(self, hidden_states)
+    if activation is None:
+        _warn(type(self), reason)
+        output: torch.Tensor = _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
+        return output
+    # Read at every call: adapters replace these attributes.
+    gate = "gate_" if self.has_gate else ""
+    biases = {}
+    if self.has_bias:
+        biases[f"{gate}up_bias"] = getattr(self, f"{gate}up_proj_bias")
+        biases["down_bias"] = self.down_proj_bias
+    make = ExpertWeights.from_gate_up if self.has_gate else ExpertWeights.from_ungated
+    up = getattr(self, f"{gate}up_proj")
+    weights = make(up, self.down_proj, transposed=self.is_transposed, **biases)
+    return fused_experts(hidden_states, weights, top_k_weights, top_k_index, activation=activation)
+
+
+def _unsupported(experts: Any, hidden_states: torch.Tensor) -> tuple[str, Activation | None]:
+    """Why Tilewise leaves this call to the model ("" if it doesn't), and the activation."""
+    gated = getattr(experts, "has_gate", True)
+    if gated and not _has_default_gate(experts):
+        return "it gates with a function of its own", None
+    if gated and not getattr(experts, "is_concatenated", True):
+        return "its gate and up rows are interleaved", None
+    act_fn = type(getattr(experts, "act_fn", None))
+    kind = f"{act_fn.__module__}.{act_fn.__qualname__}"
+    activation = _ACTIVATIONS.get(kind, (None, None))[0 if gated else 1]
+    if activation is None:
+        return f"its activation is {kind}", None
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises each expert's output", None
+    matrices = (experts.gate_up_proj if gated else experts.up_proj, experts.down_proj)
+    for matrix in matrices:
+        if type(matrix) not in (torch.Tensor, nn.Parameter):
+            return f"its weights are {type(matrix).__name__}", None
+        if matrix.dtype not in _DTYPES or matrix.dtype != hidden_states.dtype:
+            return f"its weights are {matrix.dtype} and its inputs {hidden_states.dtype}", None
+        if matrix.device.type not in ("cpu", "cuda"):
+            return f"its weights are on {matrix.device.type}", None
+        if matrix.dim() != 3 or matrix.shape[0] != experts.num_experts:
+            return f"its weights are {list(matrix.shape)} for {experts.num_experts} experts", None
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return "autocast chooses the dtypes", None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *matrices)):
+        return "gradients are wanted; for inference use torch.no_grad()", None
+    return "", activation
+
+
+def _has_default_gate(experts: Any) -> bool:
+    from transformers.integrations import moe
+
+    gate = getattr(experts, "_apply_gate", None)
+    return getattr(gate, "__func__", gate) is moe._default_apply_gate
+
+
+def _own_forward(experts: Any) -> Any:
+    """The forward that the class was written with, below transformers' dispatching one."""
+    from transformers.integrations import moe
+
+    forward = type(experts).forward
+    while getattr(forward, "__globals__", None) is moe.__dict__:
+        forward = forward.__wrapped__
+    return forward
+
+
+def _warn(experts_class: type, reason: str) -> None:
+    if (experts_class, reason) not in _warned:
+        _warned.add((experts_class, reason))
+        warnings.warn(
+            f"{experts_class.__name__} runs its own code instead of Tilewise: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )

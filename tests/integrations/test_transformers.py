@@ -1,0 +1,356 @@
+"""transformers: our experts function against the code that each experts class was written with."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.10")
+
+from transformers.integrations import moe  # noqa: E402
+
+from tilewise.integrations import transformers as integration  # noqa: E402
+
+EXPERTS, TOP_K, HIDDEN, INTER = 6, 3, 40, 24
+
+# Classes of the usual kind, and with what others lack: no gate, latent sizes, gates of their own. Whether
+# Tilewise runs them.
+CLASSES = {
+    "qwen3_moe.Qwen3MoeExperts": True,
+    "mixtral.MixtralExperts": True,
+    "deepseek_v3.DeepseekV3Experts": True,
+    "glm4_moe.Glm4MoeExperts": True,
+    "gemma4.Gemma4TextExperts": True,
+    "nemotron_h.NemotronHExperts": True,
+    "gpt_oss.GptOssExperts": False,
+    "deepseek_v4.DeepseekV4Experts": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    integration.register()
+    integration._warned.clear()
+
+
+def tiny_config(**changes: Any) -> Any:
+    return transformers.Qwen3MoeConfig(
+        **{
+            "vocab_size": 97, "hidden_size": HIDDEN, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": INTER,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def tiny_model(device: str = "cpu", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM._from_config(tiny_config(**changes))
+    return scaled(model).to(device).eval()
+
+
+def scaled(module: Any) -> Any:
+    """Weights at which experts matter, where the usual small ones leave them nearly silent."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return module
+
+
+def make_experts(name: str, **changes: Any) -> Any:
+    """One experts module of transformers with tiny sizes, whatever its config calls them."""
+    family, class_name = name.split(".")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    names = {
+        "num": "num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts",
+        "hidden": "hidden_size moe_latent_size",
+        "inter": "intermediate_size moe_intermediate_size expert_ffn_hidden_size",
+        "act": "hidden_act hidden_activation mlp_hidden_act",
+    }
+    sizes = {"num": EXPERTS, "hidden": HIDDEN, "inter": INTER, "act": "silu", **changes}
+    config = SimpleNamespace(**{n: sizes[k] for k, text in names.items() for n in text.split()})
+    config.swiglu_limit, config.swiglu_alpha = 7.0, 1.702
+    config._experts_implementation = integration.NAME
+    config.text_config = config
+    return scaled(getattr(module, class_name)(config)).requires_grad_(False)
+
+
+def inputs(
+    tokens: int = 9, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores, ids = torch.rand(tokens, EXPERTS).topk(TOP_K)
+    return torch.randn(tokens, HIDDEN).to(dtype), ids, scores.softmax(-1).to(dtype)
+
+
+def own_code(experts: Any, *args: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = integration._own_forward(experts)(experts, *args)
+    return result
+
+
+def runs_tilewise(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each call that Tilewise itself computes."""
+    calls: list[int] = []
+    original = integration.fused_experts
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "fused_experts", counted)
+    return calls
+
+
+def test_registering_twice_changes_nothing() -> None:
+    integration.register()
+    integration.register()
+    assert moe.ExpertsInterface._global_mapping["tilewise"] is integration.experts_forward
+
+
+def test_generates_the_same_tokens(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    model = tiny_model(device)
+    prompts = torch.randint(97, (2, 5), device=device)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    model.set_experts_implementation("eager")
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    calls = runs_tilewise(monkeypatch)
+    assert integration.use_tilewise(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        actual = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    assert actual.tolist() == expected.tolist()
+    assert len(calls) == 8 * 2, "every step of every layer is ours"
+
+
+def test_from_pretrained_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, experts_implementation="tilewise"
+    )
+    calls = runs_tilewise(monkeypatch)
+    ids = torch.randint(97, (1, 7))
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("act", ["silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new"])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_known_activations(monkeypatch: pytest.MonkeyPatch, act: str, tokens: int) -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts", act=act)
+    calls = runs_tilewise(monkeypatch)
+    args = inputs(tokens)
+    torch.testing.assert_close(experts(*args), own_code(experts, *args))
+    assert calls
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_classes_agree_with_their_own_code(
+    monkeypatch: pytest.MonkeyPatch, name: str, act: str
+) -> None:
+    family = name.split(".")[0]
+    if importlib.util.find_spec(f"transformers.models.{family}") is None:
+        pytest.skip(f"this transformers has no {family}")
+    experts = make_experts(name, act=act)
+    calls = runs_tilewise(monkeypatch)
+    args = inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        torch.testing.assert_close(experts(*args), own_code(experts, *args))
+    assert bool(calls) == CLASSES[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    x, ids, scores = inputs(33)
+    half = copy.deepcopy(experts).to(dtype)
+    x, scores = x.to(dtype), scores.to(dtype)
+    exact = own_code(copy.deepcopy(half).float(), x.float(), ids, scores.float())
+    ours, theirs = half(x, ids, scores), own_code(half, x, ids, scores)
+    assert ours.dtype == dtype
+    assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
+
+
+def decorated(**options: Any) -> Any:
+    """A class with sizes and tensors of every layout the decorator can describe."""
+    gated, transposed = options.get("has_gate", True), options.get("is_transposed", False)
+
+    @moe.use_experts_implementation(**options)
+    class Experts(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts = EXPERTS
+            self.act_fn = transformers.activations.ACT2FN["silu" if gated else "relu2"]
+            rows = 2 * INTER if gated else INTER
+            up, down = torch.randn(EXPERTS, rows, HIDDEN), torch.randn(EXPERTS, HIDDEN, INTER)
+            if transposed:
+                up, down = up.mT.contiguous(), down.mT.contiguous()
+            name = "gate_up_proj" if gated else "up_proj"
+            self.register_parameter(name, torch.nn.Parameter(up / 6, False))
+            self.down_proj = torch.nn.Parameter(down / 5, False)
+            self.register_buffer(f"{name}_bias", torch.randn(EXPERTS, rows))
+            self.register_buffer("down_proj_bias", torch.randn(EXPERTS, HIDDEN))
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return moe.batched_mm_experts_forward(self, *args)
+
+    return Experts(SimpleNamespace(_experts_implementation=integration.NAME))
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_layouts(
+    monkeypatch: pytest.MonkeyPatch, has_gate: bool, has_bias: bool, is_transposed: bool
+) -> None:
+    experts = decorated(has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed)
+    calls = runs_tilewise(monkeypatch)
+    args = inputs()
+    torch.testing.assert_close(experts(*args), own_code(experts, *args), rtol=1e-4, atol=1e-5)
+    assert calls
+
+
+def test_ids_of_other_devices_are_skipped() -> None:
+    """Under expert parallelism, ids >= num_experts are elsewhere, whatever their weights say."""
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    x, ids, scores = inputs()
+    elsewhere = torch.rand(ids.shape) < 0.5
+    elsewhere[0] = True
+    masked = torch.where(elsewhere, EXPERTS, ids)
+    before = masked.clone()
+    actual = experts(x, masked, scores)
+    expected = own_code(experts, x, ids, scores.masked_fill(elsewhere, 0.0))
+    torch.testing.assert_close(actual, expected)
+    assert actual[0].abs().max() == 0
+    assert torch.equal(masked, before)
+
+
+def test_weights_are_read_at_call_time() -> None:
+    """As adapters need, which replace the parameter by a function of it."""
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+
+    class AddOne(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + 0.1
+
+    args = inputs()
+    before = experts(*args)
+    torch.nn.utils.parametrize.register_parametrization(experts, "gate_up_proj", AddOne())
+    after = experts(*args)
+    torch.testing.assert_close(after, own_code(experts, *args))
+    assert (after - before).abs().max() > 1e-2
+
+
+def post_expert_norm(experts: Any) -> None:
+    experts.has_post_expert_norm = True
+
+
+def own_gate(experts: Any) -> None:
+    gate = type(experts)._apply_gate
+    experts._apply_gate = lambda rows: gate(experts, rows).clamp(max=0.1)
+
+
+def interleaved(experts: Any) -> None:
+    experts.is_concatenated = False
+
+
+def unknown_activation(experts: Any) -> None:
+    experts.act_fn = torch.nn.Mish()
+
+
+def subclassed_activation(experts: Any) -> None:
+    class Doubled(torch.nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    experts.act_fn = Doubled()
+
+
+def double_precision(experts: Any) -> None:
+    experts.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (own_gate, "gates with a function of its own"),
+        (interleaved, "interleaved"),
+        (unknown_activation, "Mish"),
+        (subclassed_activation, "Doubled"),
+        (post_expert_norm, "normalises"),
+        (double_precision, "float64"),
+    ],
+)
+def test_what_is_not_understood_runs_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, change: Any, reason: str
+) -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    change(experts)
+    calls = runs_tilewise(monkeypatch)
+    args = inputs(dtype=experts.down_proj.dtype)
+    with pytest.warns(RuntimeWarning, match=reason):
+        actual = experts(*args)
+    assert torch.equal(actual, own_code(experts, *args))
+    assert not calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        experts(*args)  # Warned once.
+
+
+def test_training_runs_its_own_code() -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts").requires_grad_()
+    args = inputs()
+    with pytest.warns(RuntimeWarning, match="no_grad"):
+        experts(*args).sum().backward()
+    assert experts.gate_up_proj.grad.abs().max() > 0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        experts(*args)
+
+
+def test_autocast_runs_its_own_code() -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    args = inputs()
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(RuntimeWarning, match="autocast"):
+        assert torch.equal(experts(*args), own_code(experts, *args))
+
+
+def test_fp8_experts_run_their_own_code() -> None:
+    """They look the name up in a registry of their own, which must know it."""
+    fp8 = importlib.import_module("transformers.integrations.finegrained_fp8")
+    function = fp8.ALL_FP8_EXPERTS_FUNCTIONS.get_interface(integration.NAME, None)
+    assert function is integration.experts_forward
+
+
+def test_compiles_without_graph_breaks() -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    args = inputs()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), own_code(experts, *args))
+
+
+def test_host_still_has_what_we_rely_on() -> None:
+    """So that a rename upstream fails here, not in a server."""
+    for name in ("self", "hidden_states", "top_k_index", "top_k_weights"):
+        assert name in inspect.signature(moe.grouped_mm_experts_forward).parameters
+    options = inspect.signature(moe.use_experts_implementation).parameters
+    assert {"is_concatenated", "is_transposed", "has_bias", "has_gate"} <= set(options)
+    source = inspect.getsource(moe)
+    assert re.search(r"experts_class\._apply_gate = _default_apply_gate", source)

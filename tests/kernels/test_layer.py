@@ -1,0 +1,121 @@
+"""The kernels against the specification: in the interpreter without a GPU, natively with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import cases
+from tests.kernels.harness import DEVICE, INTERPRETED, run_layer
+from tilewise.dispatch.config import KernelConfig, StreamConfig
+from tilewise.moe.schedule import LayerConfig
+
+GROUPED = LayerConfig("grouped", KernelConfig(16, 32, 16, 2), KernelConfig(16, 16, 32, 1))
+DECODE = LayerConfig("decode", StreamConfig(8, 32), StreamConfig(16, 16, 4, 2))
+
+# Every field of a configuration that changes the kernel's text, on a case with awkward sizes.
+VARIANTS = {
+    "tall": KernelConfig(64, 16, 16, 1),
+    "wide": KernelConfig(16, 64, 64, 8, 8, 2),
+    "swapped": KernelConfig(16, 64, 16, 2, swap_operands=True),
+    "persistent": KernelConfig(16, 16, 16, 1, persistent=True),
+    "persistent_swapped": KernelConfig(32, 16, 16, 3, swap_operands=True, persistent=True),
+    "descriptors": KernelConfig(16, 32, 32, 2, descriptors=True),
+    "descriptors_swapped": KernelConfig(16, 64, 16, 2, swap_operands=True, descriptors=True),
+    "descriptors_persistent": KernelConfig(16, 32, 16, 2, descriptors=True, persistent=True),
+}
+
+
+def check(case: cases.Case, dtype: torch.dtype, config: LayerConfig | None, **extra: Any) -> None:
+    inputs = cases.make_inputs(case, dtype, DEVICE)
+    with cases.poisoned_empty():
+        out = run_layer(case, inputs, config, **extra)
+    # The interpreter cuts fp32 off to bf16 instead of rounding: twice the error of each rounding.
+    truncates = INTERPRETED and dtype is torch.bfloat16
+    cases.assert_close_to_reference(out, case, inputs, factor=3.0 if truncates else 1.5)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_chosen_configuration(case: cases.Case) -> None:
+    for dtype in (torch.bfloat16, torch.float32) if DEVICE == "cpu" else cases.DTYPES:
+        check(case, dtype, None)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_grouped_path(case: cases.Case) -> None:
+    check(case, torch.float16, GROUPED)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases.CASES if c.reduce and c.num_tokens * c.top_k <= 70],
+    ids=lambda c: c.name,
+)
+def test_decode_path(case: cases.Case) -> None:
+    check(case, torch.float16, DECODE)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("sizes", [(48, 32), (40, 24), (72, 136)], ids=str)
+def test_variants(name: str, sizes: tuple[int, int]) -> None:
+    case = cases.Case("variant", 45, 5, 2, *sizes, bias=True, routing="zipf")
+    config = VARIANTS[name]
+    for dtype in (torch.bfloat16, torch.float32):
+        check(case, dtype, LayerConfig("grouped", config, config))
+
+
+def test_batch_invariance() -> None:
+    """A token alone has the bits that it has among 33 others."""
+    case = cases.Case("batch", 34, 7, 2)
+    inputs = cases.make_inputs(case, torch.bfloat16, DEVICE)
+    together = run_layer(case, inputs, None, batch_invariant=True)
+    for token in (0, 33):
+        rows = slice(token, token + 1)
+        alone = cases.Inputs(
+            inputs.hidden_states[rows], inputs.weights, inputs.topk_weights[rows],
+            inputs.topk_ids[rows], None,
+        )  # fmt: skip
+        one = run_layer(cases.Case("one", 1, 7, 2), alone, None, batch_invariant=True)
+        assert torch.equal(one[0], together[token])
+
+
+def test_same_bits_twice() -> None:
+    case = cases.Case("twice", 40, 7, 3, routing="zipf")
+    inputs = cases.make_inputs(case, torch.bfloat16, DEVICE)
+    assert torch.equal(run_layer(case, inputs, None), run_layer(case, inputs, None))
+
+
+def test_skipped_slots_do_not_leak_nan() -> None:
+    """A slot that is skipped contributes exactly 0, though its router weight and token hold NaN."""
+    case = cases.Case("nan", 4, 7, 2, routing="sentinels")
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    inputs.topk_ids[0] = -1
+    inputs.topk_weights[0] = torch.nan
+    inputs.hidden_states[0] = torch.nan
+    for config in (GROUPED, DECODE, None):
+        out = run_layer(case, inputs, config)
+        assert torch.equal(out[0], torch.zeros_like(out[0]))
+        assert torch.isfinite(out).all()
+
+
+def test_caller_owned_workspace() -> None:
+    """A poisoned workspace of exactly the promised size is enough, and one byte less is refused."""
+    case = cases.Case("workspace", 9, 7, 2)
+    inputs = cases.make_inputs(case, torch.float16, DEVICE)
+    size = run_layer(case, inputs, None, size_only=True)
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
+    out = run_layer(case, inputs, None, workspace=workspace)
+    cases.assert_close_to_reference(out, case, inputs)
+    with pytest.raises(ValueError, match="workspace_size"):
+        run_layer(case, inputs, None, workspace=workspace[:-1])
+
+
+def test_out_rows_may_be_strided() -> None:
+    case = cases.Case("out", 5, 7, 2)
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    wide = torch.full((5, 2 * case.hidden_size), 3.0, device=DEVICE)
+    out = run_layer(case, inputs, GROUPED, out=wide[:, : case.hidden_size])
+    cases.assert_close_to_reference(out, case, inputs)
+    assert (wide[:, case.hidden_size :] == 3.0).all()
