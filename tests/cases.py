@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,10 @@ class Case:
     layout: str = "gate_up"
     bias: bool = False
     expert_map: str | None = None
+    fp32_bias: bool = False
     strided_input: bool = False
+    strided_routing: bool = False
+    nan_where_skipped: bool = False
     ids_dtype: torch.dtype = torch.int32
     weights_dtype: torch.dtype = torch.float32
     apply_router_weight_on_input: bool = False
@@ -70,11 +74,16 @@ _ACTIVATIONS = {
     "gpt_oss": SWIGLU_OAI,
     # Inputs are of unit size: this limit clamps about a third of them.
     "swiglu_limit": Activation("swiglu", limit=0.5),
+    "gpt_oss_limit": Activation("swiglu", alpha=1.702, beta=1.0, limit=0.5),
+    "geglu_beta_limit": Activation("geglu", beta=0.5, limit=0.5),
+    "silu_alpha_limit": Activation("silu", alpha=1.702, limit=0.5),
     "relu2_limit": Activation("relu2", limit=0.5),
 }
 
 CASES: tuple[Case, ...] = (
     *(Case(f"tokens_{n}", num_tokens=n) for n in (0, 1, 2, 7, 63, 129)),
+    Case("tokens_0_unreduced", num_tokens=0, reduce=False),
+    Case("zipf", num_tokens=33, num_experts=16, routing="zipf"),
     Case("one_expert", num_tokens=33, routing="one_expert"),
     Case("one_expert_is_last", num_tokens=17, routing="last_expert"),
     Case("empty_experts", num_tokens=20, num_experts=60, routing="hot"),
@@ -82,6 +91,8 @@ CASES: tuple[Case, ...] = (
     Case("sentinel_ids", num_tokens=21, routing="sentinels", ids_dtype=torch.int64),
     Case("all_sentinels", num_tokens=5, routing="all_sentinels"),
     Case("sentinels_few_tokens", num_tokens=2, routing="sentinels"),
+    Case("sentinels_nan", num_tokens=13, routing="sentinels", nan_where_skipped=True),
+    Case("sentinels_nan_decode", num_tokens=2, routing="sentinels", nan_where_skipped=True),
     *(Case(f"experts_{e}", num_experts=e, top_k=min(2, e)) for e in (1, 60, 256)),
     Case("experts_1024", num_tokens=3, num_experts=1024, hidden_size=16, intermediate_size=16),
     Case("experts_1536", num_tokens=2, num_experts=1536, hidden_size=16, intermediate_size=16),
@@ -112,6 +123,10 @@ CASES: tuple[Case, ...] = (
     Case("ungated_bias", activation=RELU2, bias=True, num_tokens=11),
     Case("strided_input", strided_input=True, num_tokens=9),
     Case("strided_input_decode", strided_input=True, num_tokens=1),
+    Case("strided_routing", strided_routing=True, num_tokens=9),
+    Case("strided_routing_decode", strided_routing=True, num_tokens=2, ids_dtype=torch.int64),
+    Case("fp32_bias", bias=True, fp32_bias=True, num_tokens=9),
+    Case("fp32_bias_decode", bias=True, fp32_bias=True, num_tokens=2),
     Case("weights_bf16", weights_dtype=torch.bfloat16, ids_dtype=torch.int64, num_tokens=9),
     Case("weights_bf16_decode", weights_dtype=torch.bfloat16, ids_dtype=torch.int64, num_tokens=1),
     Case("map_half", expert_map="half", num_tokens=13),
@@ -119,11 +134,15 @@ CASES: tuple[Case, ...] = (
     Case("map_permuted", expert_map="permuted", num_tokens=13, bias=True),
     Case("map_none_here", expert_map="none_here", num_tokens=5),
     Case("map_with_sentinels", expert_map="half", routing="sentinels", num_tokens=13),
+    Case("map_nan", expert_map="half", num_tokens=13, nan_where_skipped=True),
+    Case("on_input_nan", apply_router_weight_on_input=True, num_tokens=9, routing="sentinels",
+         nan_where_skipped=True),
     Case("on_input", apply_router_weight_on_input=True, num_tokens=9, bias=True),
     Case("on_input_decode", apply_router_weight_on_input=True, num_tokens=1, top_k=1, bias=True),
     Case("unreduced", reduce=False, num_tokens=9),
     Case("unreduced_one_token", reduce=False, num_tokens=1),
     Case("unreduced_sentinels", reduce=False, routing="sentinels", num_tokens=9),
+    Case("unreduced_nan", reduce=False, expert_map="half", num_tokens=9, nan_where_skipped=True),
     Case("unreduced_on_input", reduce=False, apply_router_weight_on_input=True, num_tokens=9),
 )  # fmt: skip
 
@@ -147,7 +166,7 @@ LARGE_CASES: tuple[Case, ...] = (
 
 
 def make_ids(case: Case, device: torch.device | str, generator: torch.Generator) -> torch.Tensor:
-    """topk_ids [num_tokens, top_k] of a case's routing, distinct within a token unless said otherwise."""
+    """topk_ids [num_tokens, top_k], distinct within a token unless the routing says otherwise."""
     t, e, k = case.num_tokens, case.num_experts, case.top_k
     score = torch.rand(t, e, generator=generator, device=device)
     if case.routing == "zipf":
@@ -161,10 +180,12 @@ def make_ids(case: Case, device: torch.device | str, generator: torch.Generator)
         ids[:, 1:] = ids[:, :1]
     elif case.routing == "sentinels":
         drop = torch.rand(t, k, generator=generator, device=device) < 0.4
-        bad = torch.tensor([-1, e, e + 5, 2**31 - 1, -7], device=device)
+        # As int32 the last of these would be a valid id.
+        huge = 2**31 - 1 if case.ids_dtype is torch.int32 else 2**40 + 1
+        bad = torch.tensor([-1, e, e + 5, -7, huge], device=device)
         pick = torch.randint(len(bad), (t, k), generator=generator, device=device)
         ids = torch.where(drop, bad[pick], ids)
-        ids[:1, :1] = -1
+        ids[:1] = -1
     elif case.routing == "all_sentinels":
         ids = torch.full_like(ids, -1)
     elif case.routing not in ("uniform", "zipf", "hot"):
@@ -186,12 +207,17 @@ def make_weights(
             part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
         return out
 
-    bias_down = random(e, h, scale=0.3) if case.bias else None
+    def random_bias(width: int) -> torch.Tensor | None:
+        if not case.bias:
+            return None
+        bias = torch.randn(e, width, generator=generator, device=device) * 0.3
+        return bias if case.fp32_bias else bias.to(dtype)
+
+    bias_down = random_bias(h)
     if not case.activation.is_gated:
-        bias_up = random(e, i, scale=0.3) if case.bias else None
         up, down = random(e, i, h, scale=h**-0.5), random(e, h, i, scale=i**-0.5)
-        return ExpertWeights.from_ungated(up, down, up_bias=bias_up, down_bias=bias_down)
-    bias = random(e, 2 * i, scale=0.3) if case.bias else None
+        return ExpertWeights.from_ungated(up, down, up_bias=random_bias(i), down_bias=bias_down)
+    bias = random_bias(2 * i)
     if case.layout.startswith("transposed"):
         return ExpertWeights.from_gate_up(
             random(e, h, 2 * i, scale=h**-0.5), random(e, i, h, scale=i**-0.5), transposed=True,
@@ -203,10 +229,12 @@ def make_weights(
         b = (None, None) if bias is None else (bias[:, :i].clone(), bias[:, i:].clone())
         return ExpertWeights(gate, up, random(e, h, i, scale=i**-0.5), b[0], b[1], bias_down)
     if case.layout == "strided":
-        # gate and up with different strides, as pages of larger tensors.
-        gate = random(e, 2 * i, h, scale=h**-0.5)[:, ::2]
-        up = random(e, i, h + 3, scale=h**-0.5)[:, :, 3:]
-        return ExpertWeights(gate, up, random(h, e, i, scale=i**-0.5).transpose(0, 1))
+        # Three different strides, as pages of larger tensors, with NaN all around.
+        gate = random(e, 2 * i, h, scale=h**-0.5)
+        up = random(e, i, h + 3, scale=h**-0.5)
+        down = random(h, e, i + 1, scale=i**-0.5)
+        gate[:, 1::2] = up[:, :, :3] = down[:, :, -1:] = torch.nan
+        return ExpertWeights(gate[:, ::2], up[:, :, 3:], down[:, :, :-1].transpose(0, 1))
     return ExpertWeights.from_gate_up(
         random(e, 2 * i, h, scale=h**-0.5), random(e, h, i, scale=i**-0.5), layout=case.layout,
         gate_up_bias=bias, down_bias=bias_down,
@@ -219,9 +247,7 @@ def make_inputs(
     """Fresh random tensors for a case."""
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = make_ids(case, device, generator)
-    topk_weights = torch.rand(
-        case.num_tokens, case.top_k, generator=generator, device=device
-    ).to(case.weights_dtype)
+    topk_weights = torch.rand(ids.shape, generator=generator, device=device).to(case.weights_dtype)
     num_local, expert_map = case.num_experts, None
     if case.expert_map is not None:
         expert_map = torch.full((case.num_experts,), -1, dtype=torch.int32, device=device)
@@ -233,18 +259,37 @@ def make_inputs(
             expert_map[:] = order.to(torch.int32)
         elif case.expert_map != "none_here":
             raise ValueError(case.expert_map)
-    hidden = torch.randn(
-        case.num_tokens, case.hidden_size, generator=generator, device=device
-    ).to(dtype)
+    hidden = torch.randn(case.num_tokens, case.hidden_size, generator=generator, device=device).to(
+        dtype
+    )
     if case.strided_input:
         # Rows of a wider tensor, and elements that are not neighbours.
-        wide = torch.full(
-            (case.num_tokens, 2 * case.hidden_size + 4), torch.nan, dtype=dtype, device=device
-        )
-        wide[:, 1 : 2 * case.hidden_size : 2] = hidden
-        hidden = wide[:, 1 : 2 * case.hidden_size : 2]
+        hidden = _spread(hidden, torch.nan)
+    if case.strided_routing:
+        topk_weights, ids = _spread(topk_weights, torch.nan), _spread(ids, 0)
     weights = make_weights(case, num_local, dtype, device, generator)
-    return Inputs(hidden, weights, topk_weights, ids, expert_map)
+    inputs = Inputs(hidden, weights, topk_weights, ids, expert_map)
+    if case.nan_where_skipped:
+        skipped = local_experts(inputs) < 0
+        topk_weights[skipped] = torch.nan
+        hidden[skipped.all(1)] = torch.nan
+    return inputs
+
+
+def _spread(rows: torch.Tensor, filler: float) -> torch.Tensor:
+    """The same values as every second element of wider rows."""
+    wide = rows.new_full((rows.shape[0], 2 * rows.shape[1] + 4), filler)
+    view = wide[:, 1 : 2 * rows.shape[1] : 2]
+    view.copy_(rows)
+    return view
+
+
+def local_experts(inputs: Inputs) -> torch.Tensor:
+    """int64 [num_tokens, top_k]: local expert of each assignment, -1 where it is to be skipped."""
+    ids, expert_map = inputs.topk_ids.long(), inputs.expert_map
+    num_experts = inputs.weights.num_local_experts if expert_map is None else len(expert_map)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1)
+    return ids if expert_map is None else torch.where(ids < 0, -1, expert_map.long()[ids.clamp(0)])
 
 
 def options(case: Case) -> dict[str, object]:
@@ -260,15 +305,10 @@ def plain_torch_experts(case: Case, inputs: Inputs) -> torch.Tensor:
     """What a user would write in the inputs' own dtype, rounding after every operation."""
     x, w = inputs.hidden_states, inputs.weights
     dtype = x.dtype
-    num_experts = w.num_local_experts if inputs.expert_map is None else len(inputs.expert_map)
     slots = torch.zeros(
         (case.num_tokens, case.top_k, case.hidden_size), dtype=dtype, device=x.device
     )
-    local = inputs.topk_ids.long()
-    local = torch.where((local >= 0) & (local < num_experts), local, -1)
-    if inputs.expert_map is not None:
-        mapped = inputs.expert_map.long()[local.clamp(0)]
-        local = torch.where(local >= 0, mapped, -1)
+    local = local_experts(inputs)
     for expert in local.unique().tolist():
         if expert < 0:
             continue
@@ -279,22 +319,22 @@ def plain_torch_experts(case: Case, inputs: Inputs) -> torch.Tensor:
             h = h * weight
         up = h @ w.up[expert].T
         if w.up_bias is not None:
-            up = up + w.up_bias[expert]
+            up = up + w.up_bias[expert].to(dtype)
         gate = None
         if w.gate is not None:
             gate = h @ w.gate[expert].T
             if w.gate_bias is not None:
-                gate = gate + w.gate_bias[expert]
+                gate = gate + w.gate_bias[expert].to(dtype)
         act = case.activation.apply(gate, up).to(dtype)
         row = act @ w.down[expert].T
         if w.down_bias is not None:
-            row = row + w.down_bias[expert]
+            row = row + w.down_bias[expert].to(dtype)
         slots[token, slot] = row if case.apply_router_weight_on_input else row * weight
     return slots.sum(1) if case.reduce else slots
 
 
 def fp32_experts(case: Case, inputs: Inputs) -> torch.Tensor:
-    """The reference for large inputs on any device: the same as `reference.fused_experts`, batched."""
+    """`reference.fused_experts` for large inputs on any device: batched by expert."""
     w = inputs.weights
     experts = range(w.num_local_experts)
     out = torch.zeros(
@@ -310,9 +350,12 @@ def fp32_experts(case: Case, inputs: Inputs) -> torch.Tensor:
         ))  # type: ignore[arg-type]  # fmt: skip
         sub = replace(case, num_tokens=len(token), top_k=1, reduce=False)
         part = Inputs(
-            inputs.hidden_states[token].float(), one, inputs.topk_weights[token, slot, None].float(),
-            torch.zeros((len(token), 1), dtype=torch.int32, device=token.device), None,
-        )  # fmt: skip
+            inputs.hidden_states[token].float(),
+            one,
+            inputs.topk_weights[token, slot, None].float(),
+            torch.zeros((len(token), 1), dtype=torch.int32, device=token.device),
+            None,
+        )
         out[token, slot] = plain_torch_experts(sub, part)[:, 0]
     return out.sum(1) if case.reduce else out
 
@@ -339,31 +382,55 @@ def assert_close_to_reference(
 def assert_within(
     actual: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, factor: float = 1.5
 ) -> None:
-    """See `assert_close_to_reference`."""
+    """See `assert_close_to_reference`. One wrong element fails too, in however large a tensor."""
     assert actual.shape == expected.shape
+    assert actual.dtype == plain.dtype
     if expected.numel() == 0:
         return
     error = relative_error(actual, expected)
     allowed = factor * relative_error(plain, expected) + 2e-6
+    assert math.isfinite(allowed), "the yardstick overflows: scale the inputs of this case"
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+    difference = (actual.float() - expected).abs()
+    largest = 3 * factor * (plain.float() - expected).abs().max() + 1e-5 * expected.abs().max()
+    assert difference.max() <= largest, f"worst element {difference.max():.2e} > {largest:.2e}"
+    skipped = (expected == 0).all(-1)
+    assert not actual[skipped].any(), "a row without experts is not exactly 0"
+
+
+# These bytes are NaN as any float, and huge as int32 or int64: not the -1 that means "skip" here.
+_POISON = 0x7FC17FC17FC17FC1
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills a tensor that owns all of its storage."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return tensor
+    size = tensor.element_size()
+    with torch.no_grad():
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.fill_(torch.nan)
+        if tensor.dtype is torch.bool:
+            return tensor.fill_(True)
+        if size == 1:
+            pairs = torch.tensor([], dtype=torch.int16, device=tensor.device)
+            pairs.set_(tensor.fill_(0x7F).untyped_storage())
+            pairs.fill_(_POISON & 0xFFFF)
+            return tensor
+        return tensor.fill_(_POISON & ((1 << 8 * size) - 1))
 
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Within this context fresh memory holds NaN, or a huge number: what nobody writes shows (rule 6)."""
+    """Fresh memory holds NaN or a huge number in this context: what nobody writes shows."""
     names = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
-             (torch.Tensor, "new_empty")]  # fmt: skip
+             (torch, "empty_permuted"), (torch.Tensor, "new_empty"),
+             (torch.Tensor, "new_empty_strided")]  # fmt: skip
     originals = [(owner, name, getattr(owner, name)) for owner, name in names]
 
     def poison(make):  # type: ignore[no-untyped-def]
         def wrapper(*args, **kwargs):  # type: ignore[no-untyped-def]
-            tensor = make(*args, **kwargs)
-            if tensor.device.type == "meta":
-                return tensor
-            if tensor.is_floating_point():
-                return tensor.fill_(torch.nan)
-            # 0xFF bytes: NaN as floats, -1 as int32; 0x7F would be large but finite.
-            return tensor.fill_(255 if tensor.dtype is torch.uint8 else 2**30)
+            return _poison(make(*args, **kwargs))
 
         return wrapper
 
@@ -395,6 +462,7 @@ class RouteCase:
 
 ROUTE_CASES: tuple[RouteCase, ...] = (
     *(RouteCase(f"tokens_{n}", num_tokens=n) for n in (0, 1, 7, 129)),
+    RouteCase("tokens_0_grouped", num_tokens=0, num_expert_group=4, topk_group=2),
     *(RouteCase(f"experts_{e}", num_experts=e, top_k=min(8, e), num_tokens=3)
       for e in (1, 7, 160, 256, 1024, 1536)),
     RouteCase("top_1", top_k=1),
@@ -411,6 +479,8 @@ ROUTE_CASES: tuple[RouteCase, ...] = (
               num_expert_group=8, topk_group=4, routed_scaling_factor=2.5),
     RouteCase("bias_without_groups", scoring_func="sigmoid", bias=True, num_experts=128, top_k=8),
     RouteCase("softmax_bias", bias=True),
+    RouteCase("topk_softmax_bias", bias=True, scoring_func="topk_softmax"),
+    RouteCase("one_group", num_expert_group=1, topk_group=1),
     RouteCase("groups_of_one", num_experts=8, top_k=3, scoring_func="sigmoid", bias=True,
               num_expert_group=8, topk_group=4),
     *(
@@ -423,6 +493,12 @@ ROUTE_CASES: tuple[RouteCase, ...] = (
               bias=True, num_expert_group=8, topk_group=2),
     RouteCase("nan_all_grouped", logits="nan_all", num_experts=64, top_k=8, num_expert_group=8,
               topk_group=2),
+    RouteCase("plus_inf_grouped", logits="plus_inf", num_experts=64, top_k=8, num_expert_group=8,
+              topk_group=2),
+    RouteCase("equal_grouped", logits="equal", num_experts=64, top_k=9, scoring_func="sigmoid",
+              num_expert_group=8, topk_group=2),
+    RouteCase("ties_biased", logits="ties", num_experts=64, top_k=8, scoring_func="sigmoid",
+              bias=True, num_expert_group=8, topk_group=4),
     RouteCase("ties_grouped", logits="ties", num_experts=64, top_k=8, num_expert_group=8,
               topk_group=4),
 )  # fmt: skip

@@ -23,14 +23,15 @@ from tilewise.integrations import transformers as integration  # noqa: E402
 
 EXPERTS, TOP_K, HIDDEN, INTER = 6, 3, 40, 24
 
-# Classes of the usual kind, and with what others lack: no gate, latent sizes, gates of their own. Whether
-# Tilewise runs them.
+# Usual classes, and what others lack: a function as activation, no gate, gates of their own.
+# Whether Tilewise runs them.
 CLASSES = {
     "qwen3_moe.Qwen3MoeExperts": True,
     "mixtral.MixtralExperts": True,
     "deepseek_v3.DeepseekV3Experts": True,
     "glm4_moe.Glm4MoeExperts": True,
     "gemma4.Gemma4TextExperts": True,
+    "lfm2_moe.Lfm2MoeExperts": True,
     "nemotron_h.NemotronHExperts": True,
     "gpt_oss.GptOssExperts": False,
     "deepseek_v4.DeepseekV4Experts": False,
@@ -163,9 +164,10 @@ def test_known_activations(monkeypatch: pytest.MonkeyPatch, act: str, tokens: in
 def test_classes_agree_with_their_own_code(
     monkeypatch: pytest.MonkeyPatch, name: str, act: str
 ) -> None:
-    family = name.split(".")[0]
-    if importlib.util.find_spec(f"transformers.models.{family}") is None:
-        pytest.skip(f"this transformers has no {family}")
+    family, class_name = name.split(".")
+    found = importlib.util.find_spec(f"transformers.models.{family}.modeling_{family}")
+    if found is None or f"class {class_name}(" not in Path(str(found.origin)).read_text():
+        pytest.skip(f"this transformers has no {name}")
     experts = make_experts(name, act=act)
     calls = runs_tilewise(monkeypatch)
     args = inputs()
@@ -322,6 +324,18 @@ def test_training_runs_its_own_code() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         experts(*args)
+
+
+def test_training_only_the_router_or_a_bias_runs_its_own_code() -> None:
+    """With frozen expert matrices, gradients still flow to what surrounds them."""
+    experts = decorated(has_bias=True)
+    x, ids, scores = inputs()
+    with pytest.warns(RuntimeWarning, match="no_grad"):
+        experts(x, ids, scores.requires_grad_()).sum().backward()
+    assert scores.grad is not None and scores.grad.abs().max() > 0
+    experts.gate_up_proj_bias.requires_grad_()
+    experts(x, ids, scores.detach()).sum().backward()
+    assert experts.gate_up_proj_bias.grad.abs().max() > 0
 
 
 def test_autocast_runs_its_own_code() -> None:

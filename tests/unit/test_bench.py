@@ -10,12 +10,9 @@ import sys
 import time
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import batch_invariant, fatbin, machine, measure, protocol, report
 from bench.__main__ import main

@@ -9,6 +9,7 @@ or, for a model that is already there, `use_tilewise(model)`.
 from __future__ import annotations
 
 import warnings
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Class of `act_fn` -> activation with and without a gate. A subclass may compute anything else.
 _ACTIVATIONS = {
+    "torch.nn.functional.silu": (SWIGLU, SILU),
     "torch.nn.modules.activation.SiLU": (SWIGLU, SILU),
     "transformers.activations.SiLUActivation": (SWIGLU, SILU),
     "transformers.activations.GELUActivation": (GEGLU, GELU),
@@ -64,7 +66,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts of one layer, for transformers to call with one of its experts modules.
 
-    What Tilewise cannot compute exactly is left to the model's own code, with a warning that says why.
+    What Tilewise cannot compute exactly is left to the model's own code, with one warning for each
+    class and reason.
 
     Args:
         self: a module whose class is decorated with `use_experts_implementation`.
@@ -75,59 +78,60 @@ def experts_forward(
     Returns:
         [num_tokens, hidden_size], dtype of `hidden_states`.
     """
-    reason, activation = _unsupported(self, hidden_states)
+    # Read at every call: adapters replace these attributes.
+    gated = getattr(self, "has_gate", True)
+    name = "gate_up" if gated else "up"
+    names = {"up": f"{name}_proj", "down": "down_proj"}
+    if getattr(self, "has_bias", False):
+        names |= {f"{name}_bias": f"{name}_proj_bias", "down_bias": "down_proj_bias"}
+    tensors = {key: getattr(self, name, None) for key, name in names.items()}
+    reason, activation = _unsupported(self, hidden_states, top_k_weights, tensors)
     if activation is None:
         _warn(type(self), reason)
         output: torch.Tensor = _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
         return output
-    # Read at every call: adapters replace these attributes.
-    gate = "gate_" if self.has_gate else ""
-    biases = {}
-    if self.has_bias:
-        biases[f"{gate}up_bias"] = getattr(self, f"{gate}up_proj_bias")
-        biases["down_bias"] = self.down_proj_bias
-    make = ExpertWeights.from_gate_up if self.has_gate else ExpertWeights.from_ungated
-    up = getattr(self, f"{gate}up_proj")
-    weights = make(up, self.down_proj, transposed=self.is_transposed, **biases)
+    make = ExpertWeights.from_gate_up if gated else ExpertWeights.from_ungated
+    transposed = getattr(self, "is_transposed", False)
+    weights = make(tensors.pop("up"), tensors.pop("down"), transposed=transposed, **tensors)
     return fused_experts(hidden_states, weights, top_k_weights, top_k_index, activation=activation)
 
 
-def _unsupported(experts: Any, hidden_states: torch.Tensor) -> tuple[str, Activation | None]:
+def _unsupported(
+    experts: Any, x: torch.Tensor, top_k_weights: torch.Tensor, tensors: dict[str, Any]
+) -> tuple[str, Activation | None]:
     """Why Tilewise leaves this call to the model ("" if it doesn't), and the activation."""
+    from transformers.integrations import moe
+
     gated = getattr(experts, "has_gate", True)
-    if gated and not _has_default_gate(experts):
+    gate = getattr(experts, "_apply_gate", None)
+    if gated and getattr(gate, "__func__", gate) is not moe._default_apply_gate:
         return "it gates with a function of its own", None
     if gated and not getattr(experts, "is_concatenated", True):
         return "its gate and up rows are interleaved", None
-    act_fn = type(getattr(experts, "act_fn", None))
-    kind = f"{act_fn.__module__}.{act_fn.__qualname__}"
+    act_fn = getattr(experts, "act_fn", None)
+    named = act_fn if isinstance(act_fn, FunctionType) else type(act_fn)
+    kind = f"{named.__module__}.{named.__qualname__}"
     activation = _ACTIVATIONS.get(kind, (None, None))[0 if gated else 1]
     if activation is None:
         return f"its activation is {kind}", None
     if getattr(experts, "has_post_expert_norm", False):
         return "it normalises each expert's output", None
-    matrices = (experts.gate_up_proj if gated else experts.up_proj, experts.down_proj)
-    for matrix in matrices:
-        if type(matrix) not in (torch.Tensor, nn.Parameter):
-            return f"its weights are {type(matrix).__name__}", None
-        if matrix.dtype not in _DTYPES or matrix.dtype != hidden_states.dtype:
-            return f"its weights are {matrix.dtype} and its inputs {hidden_states.dtype}", None
-        if matrix.device.type not in ("cpu", "cuda"):
-            return f"its weights are on {matrix.device.type}", None
-        if matrix.dim() != 3 or matrix.shape[0] != experts.num_experts:
-            return f"its weights are {list(matrix.shape)} for {experts.num_experts} experts", None
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    for name, tensor in tensors.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            return f"its weights are {type(tensor).__name__}", None
+        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
+            return f"its weights are {tensor.dtype} and its inputs {x.dtype}", None
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"its weights are on {tensor.device.type}", None
+        dim = 2 if name.endswith("bias") else 3
+        if tensor.dim() != dim or tensor.shape[0] != experts.num_experts:
+            return f"its weights are {list(tensor.shape)} for {experts.num_experts} experts", None
+    if torch.is_autocast_enabled(x.device.type):
         return "autocast chooses the dtypes", None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *matrices)):
+    inputs = (x, top_k_weights, *tensors.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return "gradients are wanted; for inference use torch.no_grad()", None
     return "", activation
-
-
-def _has_default_gate(experts: Any) -> bool:
-    from transformers.integrations import moe
-
-    gate = getattr(experts, "_apply_gate", None)
-    return getattr(gate, "__func__", gate) is moe._default_apply_gate
 
 
 def _own_forward(experts: Any) -> Any:

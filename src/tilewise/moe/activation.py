@@ -1,4 +1,4 @@
-"""Activations as values: what happens between the two products, stated once for every implementation."""
+"""Activations as values: what happens between the two products, stated once for everyone."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Activation:
             (squared ReLU); ungated: "silu", "gelu", "gelu_tanh", "relu2".
         alpha: slope inside SiLU's sigmoid, x * sigmoid(alpha * x); "swiglu" and "silu" only.
         beta: added to up; gated kinds only.
-        limit: clamps the activated input from above, and for gated kinds up to [-limit, limit]; applied
-            before anything else. None does not clamp.
+        limit: clamps the activated input from above, and for gated kinds up to [-limit, limit];
+            applied before anything else. None does not clamp.
 
     Raises:
         ValueError: a kind or a combination that no kernel computes.

@@ -1,4 +1,4 @@
-"""Argument checks shared by every implementation: host facts only, a few microseconds, no device reads."""
+"""Argument checks that every implementation shares: host facts only, no device reads."""
 
 from __future__ import annotations
 
@@ -89,12 +89,14 @@ def check_experts_args(
             "they must be alike"
         )
     if topk_weights.dtype not in DTYPES:
-        raise ValueError(f"topk_weights is {topk_weights.dtype}; allowed: float32, bfloat16, float16")
+        raise ValueError(
+            f"topk_weights is {topk_weights.dtype}; allowed: bfloat16, float16, float32"
+        )
     if activation.is_gated is (weights.gate is None):
         holds = "no gate" if weights.gate is None else "a gate"
         raise ValueError(
-            f"activation {activation.kind!r} does not go with weights that have {holds}: build them "
-            "with ExpertWeights.from_gate_up or from_ungated"
+            f"activation {activation.kind!r} does not go with weights that have {holds}: build "
+            "them with ExpertWeights.from_gate_up or from_ungated, or choose another activation"
         )
     device = x.device
     if weights.up.device != device or topk_ids.device != device or topk_weights.device != device:

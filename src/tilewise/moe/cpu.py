@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.nn import functional as F
 
@@ -59,8 +61,8 @@ def local_ids(
     largest = int(expert_map.max())
     if largest >= num_local_experts:
         raise ValueError(
-            f"expert_map names local expert {largest}, but there are {num_local_experts}: its values "
-            "must be -1 or below that"
+            f"expert_map names local expert {largest}, but there are {num_local_experts}: its "
+            "values must be -1 or below that"
         )
     valid = (ids >= 0) & (ids < num_experts)
     return torch.where(valid, expert_map.long()[ids.clamp(0, num_experts - 1)], -1)
@@ -81,8 +83,8 @@ def fused_experts(
 ) -> torch.Tensor:
     """As `tilewise.fused_experts`. Products run in the weights' dtype, everything else in fp32.
 
-    `batch_invariant` multiplies `INVARIANT_ROWS` rows at a time, padded, and activates rows one by one.
-    It relies on BLAS treating the rows of one fixed shape alike, which the tests check bit by bit.
+    `batch_invariant` multiplies `INVARIANT_ROWS` rows at a time, padded, and activates them one by
+    one. It relies on BLAS treating all rows of one shape alike, which the tests check bit by bit.
 
     Args:
         out: written and returned if given; any strides.
@@ -93,7 +95,7 @@ def fused_experts(
         `hidden_states`.
 
     Raises:
-        ValueError: arguments that don't fit together, or an `expert_map` that names no local expert.
+        ValueError: arguments that don't fit together.
     """
     check_experts_args(
         hidden_states,
@@ -112,7 +114,7 @@ def fused_experts(
     bounds = offsets.tolist()
     scale = topk_weights.flatten().float()
     result = torch.zeros(shape, dtype=torch.float32, device=hidden_states.device)
-    for expert, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
         assignments = gather[first:last].long()
@@ -150,18 +152,16 @@ def _expert(
     """One expert on its rows: x [R, H], input_weight fp32 [R, 1] or None -> fp32 [R, H]."""
 
     def product(
-        rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None
+        rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         result = _product(rows, matrix[expert], batch_invariant)
-        if scale is not None:
+        if rows is x and input_weight is not None:
             # Scaling the product equals scaling the input row, without rounding that row.
-            result *= scale
+            result *= input_weight
         return result if bias is None else result + bias[expert].float()
 
-    gate = None
-    if weights.gate is not None:
-        gate = product(x, weights.gate, weights.gate_bias, input_weight)
-    up = product(x, weights.up, weights.up_bias, input_weight)
+    gate = None if weights.gate is None else product(x, weights.gate, weights.gate_bias)
+    up = product(x, weights.up, weights.up_bias)
     if batch_invariant:
         act = torch.empty_like(up)
         # A vectorised loop ends in scalar code with another exp: row by row, its end never moves.
@@ -169,7 +169,7 @@ def _expert(
             act[row] = activation.apply(None if gate is None else gate[row], up[row])
     else:
         act = activation.apply(gate, up)
-    return product(act.to(x.dtype), weights.down, weights.down_bias, None)
+    return product(act.to(x.dtype), weights.down, weights.down_bias)
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, batch_invariant: bool) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Launching kernels: one place for the interpreter's needs, precision, and compiling without running."""
+"""Launching kernels: one place for the interpreter's needs, precision, compiling without running, and
+recording launches so that a later call can repeat them (replay.py)."""
 
 from __future__ import annotations
 
@@ -6,22 +7,42 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from ..target import Target
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-_recorded: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar(
-    "tilewise_recorded", default=None
-)
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was made: the compiled kernel, its grid and all its arguments in order."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+
+class _Mode:
+    """What `launch` does besides running: compile instead, or take notes."""
+
+    def __init__(self) -> None:
+        self.compiled_keys: list[tuple[str, str]] | None = None
+        self.record: list[Launch] | None = None
+
+
+_mode: contextvars.ContextVar[_Mode | None] = contextvars.ContextVar("tilewise_mode", default=None)
 
 
 def next_power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def dot_precision(dtype: torch.dtype, target: Target) -> str:
@@ -40,25 +61,38 @@ def upcast_dot(dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def compile_only() -> Iterator[list[tuple[str, Any]]]:
-    """Within this context `launch` compiles instead of running; yields (kernel name, key) pairs."""
-    keys: list[tuple[str, Any]] = []
-    token = _recorded.set(keys)
+def compile_only() -> Iterator[list[tuple[str, str]]]:
+    """Within this context `launch` compiles instead of running; yields (kernel name, hash) pairs."""
+    mode = _Mode()
+    mode.compiled_keys = []
+    token = _mode.set(mode)
     try:
-        yield keys
+        yield mode.compiled_keys
     finally:
-        _recorded.reset(token)
+        _mode.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within this context `launch` runs and takes notes."""
+    mode = _Mode()
+    mode.record = []
+    token = _mode.set(mode)
+    try:
+        yield mode.record
+    finally:
+        _mode.reset(token)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs `kernel` over `grid`, or compiles it within `compile_only`."""
-    keys = _recorded.get()
-    if keys is None:
-        kernel[grid](*args, **options)
+    """Runs `kernel` over `grid`; compiles it instead within `compile_only`."""
+    mode = _mode.get()
+    if mode is not None and mode.compiled_keys is not None:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        mode.compiled_keys.append((kernel.fn.__name__, compiled.hash))
         return
-    compiled = kernel.warmup(*args, grid=grid, **options)
-    keys.append((kernel.fn.__name__, None if compiled is None else compiled.hash))
-
-
-def cdiv(a: int, b: int) -> int:
-    return triton.cdiv(a, b)
+    compiled = kernel[grid](*args, **options)
+    if mode is not None and mode.record is not None:
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        x, y, z = (*grid, 1, 1)[:3]
+        mode.record.append(Launch(compiled, (x, y, z), (*args, *constants)))

@@ -180,6 +180,8 @@ def fused_experts(
     if out is None:
         if workspace is not None:
             raise ValueError("workspace is given without out: pass out too, or neither")
+        if _plain_call(hidden_states, weights.up):
+            return ops.fused_experts_accelerator(*args)
         result: torch.Tensor = torch.ops.tilewise.fused_experts(*args)
         return result
     shape = (hidden_states.shape[0], *(() if reduce else (topk_ids.shape[1],)), weights.hidden_size)
@@ -188,8 +190,22 @@ def fused_experts(
             f"out must be {shape} {hidden_states.dtype} with unit last stride, got "
             f"{tuple(out.shape)} {out.dtype} strides {out.stride()}"
         )
+    if _plain_call(hidden_states, weights.up):
+        return ops.fused_experts_accelerator(*args, out=out, workspace=workspace)
     torch.ops.tilewise.fused_experts_out(out, workspace, *args)
     return out
+
+
+def _plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether nothing listens to the dispatcher: then going past it saves 20 us of CPU time a call."""
+    return (
+        type(x) is torch.Tensor
+        and x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+    )
 
 
 def fused_moe(

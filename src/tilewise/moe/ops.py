@@ -134,7 +134,7 @@ def _out_shape(
     )
 
 
-def _fused_experts_accelerator(
+def fused_experts_accelerator(
     hidden_states: torch.Tensor,
     gate: torch.Tensor | None,
     up: torch.Tensor,
@@ -177,7 +177,7 @@ def _fused_experts_accelerator(
 def _fused_experts_out_accelerator(
     out: torch.Tensor, workspace: torch.Tensor | None, *args: Any
 ) -> None:
-    _fused_experts_accelerator(*args, out=out, workspace=workspace)
+    fused_experts_accelerator(*args, out=out, workspace=workspace)
 
 
 def _fused_experts_cpu(
@@ -246,7 +246,7 @@ lib.impl("route", _route_accelerator, "CUDA")
 lib.impl("route", _route_cpu, "CPU")
 lib.impl("plan", _plan_accelerator, "CUDA")
 lib.impl("plan", _plan_cpu, "CPU")
-lib.impl("fused_experts", _fused_experts_accelerator, "CUDA")
+lib.impl("fused_experts", fused_experts_accelerator, "CUDA")
 lib.impl("fused_experts", _fused_experts_cpu, "CPU")
 lib.impl("fused_experts_out", _fused_experts_out_accelerator, "CUDA")
 lib.impl("fused_experts_out", _fused_experts_out_cpu, "CPU")

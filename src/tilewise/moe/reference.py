@@ -22,7 +22,16 @@ def route(
     topk_group: int | None = None,
     routed_scaling_factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `tilewise.route`: fp32 weights and int32 ids, both [num_tokens, top_k]."""
+    """As `tilewise.route`: fp32 weights and int32 ids, both [num_tokens, top_k].
+
+    The choice goes by logit, or where there is a bias by score plus bias; the score of
+    "topk_softmax" is then the softmax over all logits. NaN ranks below -inf and scores like it;
+    +inf counts as the largest fp32. Weights are unbiased scores, and never NaN.
+    """
+    if router_logits.dim() != 2:
+        raise ValueError(
+            f"router_logits must be [num_tokens, num_experts], got {tuple(router_logits.shape)}"
+        )
     num_tokens, num_experts = router_logits.shape
     bias = e_score_correction_bias
     check_route_args(
@@ -38,28 +47,29 @@ def route(
     logits = logits.masked_fill(nan, -torch.inf).clamp(max=_FLOAT_MAX)
     scores = logits.sigmoid() if scoring_func == "sigmoid" else _softmax(logits)
 
-    # Scores are monotone in logits: without a bias, choosing by logits keeps apart what a score rounds.
+    # Scores grow with logits: without a bias, choosing by logits keeps apart what a score rounds.
     choice = logits if bias is None else scores + bias.float()
     lowest = nan | choice.isnan()
     choice = choice.masked_fill(lowest, -torch.inf)
     allowed = torch.ones_like(nan)
     if num_expert_group is not None and num_expert_group > 1:
         assert topk_group is not None
-        grouped = choice.view(num_tokens, num_expert_group, -1)
+        group_size = num_experts // num_expert_group
+        grouped = choice.view(num_tokens, num_expert_group, group_size)
         if bias is None:
             group_scores = grouped.amax(-1)
         else:
-            group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            group_scores = grouped.topk(min(2, group_size), dim=-1).values.sum(-1)
+            group_scores = group_scores.masked_fill(group_scores.isnan(), -torch.inf)
         best = _descending(group_scores)[:, :topk_group]
         open_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-        allowed = open_groups.repeat_interleave(num_experts // num_expert_group, dim=1)
+        allowed = open_groups.repeat_interleave(group_size, dim=1)
     # Below every number: NaN, then what the groups exclude. Ties go to the lower index throughout.
     rank = torch.zeros_like(choice)
     rank[lowest] = -1.0
     rank[~allowed] = -2.0
     order = _descending(choice)
-    order = order.gather(1, torch.argsort(rank.gather(1, order), dim=1, descending=True, stable=True))
-    ids = order[:, :top_k]
+    ids = order.gather(1, _descending(rank.gather(1, order)))[:, :top_k]
 
     if scoring_func == "topk_softmax":
         weights = _softmax(logits.gather(1, ids))
@@ -92,22 +102,36 @@ def plan(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sizes, offsets, gather, scatter) of `Ragged`, int32; unspecified entries are -1."""
     local_experts = num_experts if num_local_experts is None else num_local_experts
+    mapping = _local_experts(num_experts, local_experts, expert_map)
     rows: list[list[int]] = [[] for _ in range(local_experts)]
     for assignment, expert in enumerate(topk_ids.flatten().tolist()):
-        if not 0 <= expert < num_experts:
-            continue
-        local = expert if expert_map is None else int(expert_map[expert])
+        local = mapping[expert] if 0 <= expert < num_experts else -1
         if local >= 0:
             rows[local].append(assignment)
-    sizes = torch.tensor([len(r) for r in rows], dtype=torch.int32)
-    offsets = torch.zeros(local_experts + 1, dtype=torch.int32)
-    offsets[1:] = sizes.cumsum(0)
-    gather = torch.full((topk_ids.numel(),), -1, dtype=torch.int32)
-    scatter = torch.full((topk_ids.numel(),), -1, dtype=torch.int32)
-    for row, assignment in enumerate(a for r in rows for a in r):
-        gather[row] = assignment
+    sizes = [len(r) for r in rows]
+    offsets = [sum(sizes[:e]) for e in range(local_experts + 1)]
+    gather = [assignment for r in rows for assignment in r]
+    scatter = [-1] * topk_ids.numel()
+    for row, assignment in enumerate(gather):
         scatter[assignment] = row
-    return sizes, offsets, gather, scatter
+    gather += [-1] * (topk_ids.numel() - len(gather))
+    lists = (sizes, offsets, gather, scatter)
+    result = [torch.tensor(x, dtype=torch.int32, device=topk_ids.device) for x in lists]
+    return result[0], result[1], result[2], result[3]
+
+
+def _local_experts(
+    num_experts: int, num_local_experts: int, expert_map: torch.Tensor | None
+) -> list[int]:
+    """Local expert of each global one, negative for those held elsewhere."""
+    mapping = list(range(num_experts)) if expert_map is None else expert_map.tolist()
+    if len(mapping) != num_experts or max(mapping, default=-1) >= num_local_experts:
+        raise ValueError(
+            f"expert_map must map num_experts={num_experts} experts to -1 or to one of "
+            f"num_local_experts={num_local_experts}, got {len(mapping)} entries up to "
+            f"{max(mapping, default=-1)}"
+        )
+    return mapping
 
 
 def fused_experts(
@@ -123,24 +147,25 @@ def fused_experts(
 ) -> torch.Tensor:
     """As `tilewise.fused_experts`, fp32 throughout: [T, H], or [T, top_k, H] without `reduce`."""
     check_experts_args(
-        hidden_states, weights, topk_weights, topk_ids, activation=activation, expert_map=expert_map
+        hidden_states,
+        weights,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input,
     )
     num_tokens, top_k = topk_ids.shape
     num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     out = torch.zeros(
         (num_tokens, top_k, weights.hidden_size), dtype=torch.float32, device=hidden_states.device
     )
-    ids = topk_ids.tolist()
-    mapping = None if expert_map is None else expert_map.tolist()
-    for token in range(num_tokens):
-        for slot in range(top_k):
-            expert = ids[token][slot]
-            if not 0 <= expert < num_experts:
+    mapping = _local_experts(num_experts, weights.num_local_experts, expert_map)
+    for token, ids in enumerate(topk_ids.tolist()):
+        for slot, expert_id in enumerate(ids):
+            expert = mapping[expert_id] if 0 <= expert_id < num_experts else -1
+            if expert < 0:
                 continue
-            if mapping is not None:
-                expert = mapping[expert]
-                if expert < 0:
-                    continue
             x = hidden_states[token].float()
             weight = topk_weights[token, slot].float()
             if apply_router_weight_on_input:

@@ -17,7 +17,7 @@ class ExpertWeights:
         gate: [num_local_experts, intermediate_size, hidden_size], None for experts without a gate.
         up: [num_local_experts, intermediate_size, hidden_size].
         down: [num_local_experts, hidden_size, intermediate_size].
-        gate_bias: [num_local_experts, intermediate_size] or None.
+        gate_bias: [num_local_experts, intermediate_size] or None; a bias may also be fp32.
         up_bias: [num_local_experts, intermediate_size] or None.
         down_bias: [num_local_experts, hidden_size] or None.
 
@@ -39,25 +39,31 @@ class ExpertWeights:
                 f"{tuple(self.up.shape)}"
             )
         e, i, h = self.up.shape
-        expected = {
-            "gate": (e, i, h),
-            "down": (e, h, i),
-            "gate_bias": (e, i),
-            "up_bias": (e, i),
-            "down_bias": (e, h),
-        }
-        for name, shape in expected.items():
-            tensor: torch.Tensor | None = getattr(self, name)
+        if not (e and i and h):
+            raise ValueError(f"up is {(e, i, h)}: every size must be at least 1")
+        device = self.up.device
+        for name, tensor, shape in (
+            ("gate", self.gate, (e, i, h)),
+            ("down", self.down, (e, h, i)),
+            ("gate_bias", self.gate_bias, (e, i)),
+            ("up_bias", self.up_bias, (e, i)),
+            ("down_bias", self.down_bias, (e, h)),
+        ):
             if tensor is None:
                 continue
-            if tuple(tensor.shape) != shape:
+            if tensor.shape != shape:
                 raise ValueError(
                     f"{name} must be {shape} to go with up {(e, i, h)}, got {tuple(tensor.shape)}"
                 )
-            if tensor.device != self.up.device:
-                raise ValueError(f"{name} is on {tensor.device}, up on {self.up.device}")
-            if tensor.dtype != self.up.dtype and not name.endswith("bias"):
-                raise ValueError(f"{name} is {tensor.dtype}, up is {self.up.dtype}: use one dtype")
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device}, up on {device}: use one device")
+            if tensor.dtype is not self.up.dtype:
+                bias = name.endswith("bias")
+                if not (bias and tensor.dtype is torch.float32):
+                    allowed = "that dtype or float32" if bias else "one dtype"
+                    raise ValueError(
+                        f"{name} is {tensor.dtype}, up is {self.up.dtype}: use {allowed}"
+                    )
         if self.gate is None and self.gate_bias is not None:
             raise ValueError("gate_bias is given without gate")
         if self.gate is not None and (self.gate_bias is None) != (self.up_bias is None):
@@ -103,22 +109,24 @@ class ExpertWeights:
         Args:
             gate_up: [E, 2I, H], or [E, H, 2I] if `transposed` (gpt-oss in transformers).
             down: [E, H, I], or [E, I, H] if `transposed`.
-            layout: order of the 2I rows: "gate_up" halves, "up_gate" halves, or "interleaved" with gate
-                in the even rows.
+            layout: order of the 2I rows: "gate_up" halves, "up_gate" halves, or "interleaved" with
+                gate in the even rows.
             gate_up_bias: [E, 2I] in the same order.
             down_bias: [E, H].
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
-        if gate_up.dim() != 3 or down.dim() != 3:
+        gate_up, down = _matrices("gate_up", gate_up, down, transposed)
+        rows = gate_up.shape[1]
+        if rows % 2:
             raise ValueError(
-                f"gate_up and down must have three dimensions, got {tuple(gate_up.shape)} and "
-                f"{tuple(down.shape)}"
+                f"gate_up must hold as many rows of gate as of up, got {rows}: check `transposed`"
             )
-        if transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        if gate_up.shape[1] % 2:
-            raise ValueError(f"gate_up holds gate and up, but has {gate_up.shape[1]} rows: odd")
+        if gate_up_bias is not None and gate_up_bias.shape != gate_up.shape[:2]:
+            raise ValueError(
+                f"gate_up_bias must be {tuple(gate_up.shape[:2])} to go with gate_up, got "
+                f"{tuple(gate_up_bias.shape)}"
+            )
 
         def split(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if layout == "interleaved":
@@ -142,6 +150,17 @@ class ExpertWeights:
         down_bias: torch.Tensor | None = None,
     ) -> ExpertWeights:
         """Views of weights without a gate: up [E, I, H], down [E, H, I], or both transposed."""
-        if transposed:
-            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        up, down = _matrices("up", up, down, transposed)
         return cls(None, up, down, None, up_bias, down_bias)
+
+
+def _matrices(
+    name: str, first: torch.Tensor, down: torch.Tensor, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as [E, rows, columns]."""
+    if first.dim() != 3 or down.dim() != 3:
+        raise ValueError(
+            f"{name} and down must have three dimensions, got {tuple(first.shape)} and "
+            f"{tuple(down.shape)}"
+        )
+    return (first.transpose(1, 2), down.transpose(1, 2)) if transposed else (first, down)

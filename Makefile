@@ -1,0 +1,58 @@
+# Every target sets up what it needs: see scripts/bootstrap.py. PYTHON picks another interpreter.
+PYTHON ?= python3
+RUN = $(PYTHON) scripts/bootstrap.py
+# Arguments for demo, bench and the test targets: make test ARGS="-k routing"
+ARGS ?=
+JOBS ?= 2
+CPU_TESTS = $(wildcard tests/unit tests/kernels tests/integrations tests/examples)
+
+.PHONY: help demo test test-cpu test-compile test-compile-here test-compile-newest test-gpu bench \
+	lint format docs wheel clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+demo: ## a Mixture-of-Experts model generating through Tilewise, checked against its own code
+	$(RUN) run -m tilewise.cli demo $(ARGS)
+
+test: test-cpu test-compile-here ## everything that runs without a GPU
+
+# The interpreter must be chosen before the kernels are imported.
+test-cpu: ## units, kernels in Triton's interpreter, integrations, examples
+	TRITON_INTERPRET=1 $(RUN) test -m pytest $(CPU_TESTS) -n $(JOBS) $(ARGS)
+
+# A process of its own: an interpreted function cannot be compiled.
+test-compile-here: ## kernels compiled for every architecture, with the Triton of the tests
+	$(RUN) test -m pytest tests/compile -n $(JOBS) $(ARGS)
+
+test-compile-newest: ## the same with the newest Triton and no torch
+	$(RUN) triton-newest -m pytest tests/compile -n $(JOBS) $(ARGS)
+
+test-compile: test-compile-here test-compile-newest ## both
+
+test-gpu: ## kernels and integrations on the GPU of this machine
+	$(RUN) test-gpu -m pytest tests/kernels tests/gpu tests/integrations $(ARGS)
+
+bench: ## measure this machine's GPU against the other libraries
+	$(RUN) bench -m bench $(ARGS)
+
+lint: ## ruff and mypy
+	$(RUN) lint -m ruff check .
+	$(RUN) lint -m ruff format --check .
+	$(RUN) lint -m mypy
+
+format: ## let ruff fix what it can
+	$(RUN) lint -m ruff check --fix .
+	$(RUN) lint -m ruff format .
+
+docs: ## run the code blocks and follow the links of every page
+	$(RUN) test -m pytest tests/test_examples.py -k of_page $(ARGS)
+
+wheel: ## build the wheel, install it apart from the sources, use it
+	$(RUN) run scripts/check_wheel.py
+
+clean: ## remove environments, caches and build outputs
+	rm -rf .venv .venv-triton-newest build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -exec rm -rf {} +

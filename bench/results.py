@@ -1,0 +1,51 @@
+"""The results file: written after every cell, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Cell = tuple[str, int, str]
+
+
+def cell_of(row: Row) -> Cell:
+    """Returns what a row measures: shape name, number of tokens, routing."""
+    return row["shape"], row["T"], row["routing"]
+
+
+class Results:
+    """``{"meta": ..., "rows": [...]}`` on disk.
+
+    Args:
+        path: The JSON file; read if it exists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        document: dict[str, Any] = {}
+        if self.path.exists():
+            document = json.loads(self.path.read_text())
+        self.meta: dict[str, Any] = document.get("meta", {})
+        self.rows: list[Row] = document.get("rows", [])
+
+    def is_done(self, cell: Cell, peers: Iterable[str]) -> bool:
+        """Whether the cell was measured with all these peers, each by a time or an error."""
+        return any(cell_of(row) == cell and set(peers) <= set(row["peers"]) for row in self.rows)
+
+    def put(self, row: Row) -> None:
+        """Replaces the row of the same cell.
+
+        A cell is re-measured whole: peers of different runs are not paired.
+        """
+        self.rows = [old for old in self.rows if cell_of(old) != cell_of(row)] + [row]
+
+    def save(self) -> None:
+        """Writes the file in one step, so that a killed run leaves the last whole version."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
+        os.replace(partial, self.path)

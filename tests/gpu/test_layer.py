@@ -1,0 +1,278 @@
+"""What only a GPU can show: real shapes, graphs, syncs, memory, compilation, and addresses past 2^31."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tilewise
+from tests import cases
+from tilewise import ExpertWeights, MoEShape
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+QWEN3 = MoEShape(128, 8, 2048, 768)
+
+
+def call(case: cases.Case, inputs: cases.Inputs, **extra: object) -> torch.Tensor:
+    return tilewise.fused_experts(
+        inputs.hidden_states, inputs.weights, inputs.topk_weights, inputs.topk_ids,
+        expert_map=inputs.expert_map, **cases.options(case), **extra,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases.LARGE_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+def test_real_shapes(case: cases.Case, invariant: bool) -> None:
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    with cases.poisoned_empty():
+        out = call(case, inputs, batch_invariant=invariant)
+    cases.assert_within(
+        out, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
+    )
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_every_case_through_the_operator(case: cases.Case) -> None:
+    for dtype in cases.DTYPES:
+        inputs = cases.make_inputs(case, dtype, "cuda")
+        for seed in range(3):  # The second and third call repeat the first one's launches.
+            other = cases.make_inputs(case, dtype, "cuda", seed)
+            inputs = replace(
+                inputs, hidden_states=other.hidden_states, topk_ids=other.topk_ids,
+                topk_weights=other.topk_weights,
+            )  # fmt: skip
+            with cases.poisoned_empty():
+                out = call(case, inputs)
+            cases.assert_close_to_reference(out, case, inputs)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40, 700])
+def test_graph_replays_with_other_routings(num_tokens: int) -> None:
+    """One captured graph, replayed with six routings and inputs, each right."""
+    case = cases.Case("graph", num_tokens, 64, 4, 512, 256)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    call(case, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(case, inputs)
+    routings = ["uniform", "hot", "one_expert", "zipf", "sentinels", "all_sentinels"]
+    for seed, routing in enumerate(routings):
+        fresh = cases.make_inputs(
+            cases.Case("graph", num_tokens, 64, 4, 512, 256, routing=routing), torch.bfloat16,
+            "cuda", seed + 1,
+        )  # fmt: skip
+        inputs.hidden_states.copy_(fresh.hidden_states)
+        inputs.topk_ids.copy_(fresh.topk_ids)
+        inputs.topk_weights.copy_(fresh.topk_weights)
+        out.fill_(torch.nan)
+        graph.replay()
+        cases.assert_within(
+            out, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
+        )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 700])
+def test_no_hidden_sync(num_tokens: int) -> None:
+    case = cases.Case("sync", num_tokens, 64, 4, 512, 256)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    logits = torch.randn(num_tokens, 64, device="cuda")
+    router = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(case, inputs)
+        call(case, inputs, batch_invariant=True)
+        tilewise.route(logits, 4)
+        tilewise.plan(inputs.topk_ids, 64)
+        tilewise.fused_moe(inputs.hidden_states, router, inputs.weights, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_addresses_past_two_to_the_31(dtype: torch.dtype) -> None:
+    """Weights, hidden states and rows of more than 2^31 elements, used at their far ends."""
+    experts, hidden, inter = 80, 6144, 4608
+    gate_up = torch.empty(experts, 2 * inter, hidden, dtype=dtype, device="cuda")
+    down = torch.empty(experts, hidden, inter, dtype=dtype, device="cuda")
+    assert gate_up.numel() > 2**31 and down.numel() > 2**31
+    for t, scale in ((gate_up, hidden**-0.5), (down, inter**-0.5)):
+        for e in range(experts):
+            t[e].normal_(std=scale)
+    case = cases.Case("far", 24, experts, 2, hidden, inter, routing="uniform")
+    for num_tokens in (1, 24, 400):
+        case = cases.Case("far", num_tokens, experts, 2, hidden, inter)
+        small = cases.make_ids(case, "cuda", torch.Generator("cuda").manual_seed(0))
+        small[0, 0], small[-1, -1] = experts - 1, experts - 2
+        inputs = cases.Inputs(
+            torch.randn(num_tokens, hidden, device="cuda", dtype=dtype),
+            ExpertWeights.from_gate_up(gate_up, down),
+            torch.rand(num_tokens, 2, device="cuda"), small, None,
+        )  # fmt: skip
+        for invariant in (False, True):
+            cases.assert_within(
+                call(case, inputs, batch_invariant=invariant), cases.fp32_experts(case, inputs),
+                cases.plain_torch_experts(case, inputs),
+            )  # fmt: skip
+
+
+def test_many_tokens_past_two_to_the_31() -> None:
+    """131,072 tokens of 16,400 hidden elements: rows beyond 2^31 elements in and out."""
+    tokens, hidden, inter = 131_072, 16_400, 64
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    x[-64:].normal_()
+    x[:-64] = 0.5
+    weights = ExpertWeights.from_gate_up(
+        torch.randn(4, 2 * inter, hidden, device="cuda").mul_(hidden**-0.5).bfloat16(),
+        torch.randn(4, hidden, inter, device="cuda").mul_(inter**-0.5).bfloat16(),
+    )
+    ids = torch.randint(0, 4, (tokens, 1), device="cuda", dtype=torch.int32)
+    topk_weights = torch.ones(tokens, 1, device="cuda")
+    out = tilewise.fused_experts(x, weights, topk_weights, ids)
+    tail = slice(tokens - 64, tokens)
+    case = cases.Case("tail", 64, 4, 1, hidden, inter)
+    part = cases.Inputs(x[tail], weights, topk_weights[tail], ids[tail], None)
+    cases.assert_within(
+        out[tail], cases.fp32_experts(case, part), cases.plain_torch_experts(case, part)
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [QWEN3, MoEShape(128, 8, 4096, 192), MoEShape(8, 2, 4096, 3584), MoEShape(60, 4, 1411, 709)],
+    ids=str,
+)
+def test_batch_invariance(shape: MoEShape) -> None:
+    """A token has the same bits alone and among 33, 500 and 2,500 others."""
+    case = cases.Case("batch", 2501, shape.num_experts, shape.top_k, shape.hidden_size,
+                      shape.intermediate_size)  # fmt: skip
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    weights = inputs.weights
+
+    def run(rows: slice) -> torch.Tensor:
+        return tilewise.fused_experts(
+            inputs.hidden_states[rows], weights, inputs.topk_weights[rows], inputs.topk_ids[rows],
+            batch_invariant=True,
+        )  # fmt: skip
+
+    everyone = run(slice(None))
+    for count in (1, 2, 8, 34, 129, 501):
+        assert torch.equal(run(slice(0, count)), everyone[:count]), count
+        assert torch.equal(run(slice(2501 - count, None)), everyone[2501 - count :]), count
+
+
+def test_same_bits_run_after_run() -> None:
+    case = cases.Case("repeat", 700, 64, 4, 512, 256, routing="zipf")
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    first = call(case, inputs)
+    for _ in range(5):
+        assert torch.equal(call(case, inputs), first)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 2048])
+def test_workspace_size_is_the_peak(num_tokens: int) -> None:
+    case = cases.Case("memory", num_tokens, 128, 8, 2048, 768)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    out = torch.empty_like(inputs.hidden_states)
+    size = tilewise.workspace_size(QWEN3, num_tokens)
+    call(case, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(case, inputs, out=out)
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert abs(taken - size) <= max(0.05 * size, 512), (taken, size)
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(case, inputs, out=out, workspace=workspace)
+    assert torch.cuda.max_memory_allocated() == before
+
+
+def compiled_variants() -> set[object]:
+    """Every variant that this process has compiled or loaded, over all kernels."""
+    from tilewise.moe.kernels import combine, decode, grouped, plan, topk
+
+    kernels = [grouped.grouped_gemm_kernel, decode.decode_gate_up_kernel, decode.decode_down_kernel,
+               plan.plan_kernel, combine.combine_kernel, topk.route_kernel]  # fmt: skip
+    found: set[object] = set()
+    for kernel in kernels:
+        for caches in kernel.device_caches.values():
+            found.update((kernel.fn.__name__, key) for key in caches[0])
+    return found
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+def test_nothing_compiles_after_warmup(invariant: bool) -> None:
+    shape = MoEShape(24, 3, 768, 320)
+    listed = tilewise.warmup(shape, max_tokens=3000, batch_invariant=invariant)
+    assert listed
+    before = compiled_variants()
+    weights = tilewise.FusedExperts(shape, device="cuda").weights
+    for num_tokens in (1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 65, 100, 333, 1024, 1025, 2999):
+        x = torch.randn(num_tokens, 768, device="cuda", dtype=torch.bfloat16)
+        logits = torch.randn(num_tokens, 24, device="cuda", dtype=torch.bfloat16)
+        topk_weights, ids = tilewise.route(logits, 3)
+        tilewise.fused_experts(x, weights, topk_weights, ids, batch_invariant=invariant)
+    torch.cuda.synchronize()
+    assert not compiled_variants() - before
+
+
+def test_torch_compile_captures_the_layer() -> None:
+    layer = tilewise.FusedMoE(MoEShape(64, 4, 512, 256), device="cuda")
+    compiled = torch.compile(layer, fullgraph=True)
+    for num_tokens in (3, 50, 51, 400):
+        x = torch.randn(num_tokens, 512, device="cuda", dtype=torch.bfloat16)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_operator_checks() -> None:
+    case = cases.Case("opcheck", 9, 7, 2)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    w = inputs.weights
+    args = (
+        inputs.hidden_states, w.gate, w.up, w.down, None, None, None, None, None, None, None, None,
+        None, "dense", inputs.topk_weights, inputs.topk_ids, None, "swiglu", 1.0, 0.0, None, False,
+        True, False, "",
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.tilewise.fused_experts.default, args)
+    torch.library.opcheck(torch.ops.tilewise.plan.default, (inputs.topk_ids, 7, None))
+    torch.library.opcheck(
+        torch.ops.tilewise.route.default,
+        (torch.randn(9, 7, device="cuda"), 2, "softmax", True, None, 0, 0, 1.0),
+    )
+
+
+def test_repeated_launches_follow_their_tensors() -> None:
+    """Calls alike in shape, with other addresses, strides, aliasing and alignment, in any order."""
+    for num_tokens in (1, 40):
+        case = cases.Case("repeat", num_tokens, 64, 4, 512, 256)
+        for round_ in range(3):
+            inputs = cases.make_inputs(case, torch.bfloat16, "cuda", round_)
+            expected = cases.fp32_experts(case, inputs)
+            plain = cases.plain_torch_experts(case, inputs)
+            flat = torch.empty(num_tokens * 512 + 1, dtype=torch.bfloat16, device="cuda")
+            wide = torch.full((num_tokens, 1024), 3.0, dtype=torch.bfloat16, device="cuda")
+            outs = [None, flat[1:].view(num_tokens, 512), wide[:, :512], flat[:-1].view(-1, 512)]
+            for out in outs:
+                cases.assert_within(call(case, inputs, out=out), expected, plain)
+            assert (wide[:, 512:] == 3.0).all()
+            unaligned = torch.empty(num_tokens * 512 + 1, dtype=torch.bfloat16, device="cuda")
+            x = unaligned[1:].view(num_tokens, 512).copy_(inputs.hidden_states)
+            cases.assert_within(call(case, replace(inputs, hidden_states=x)), expected, plain)
+
+
+def test_impossible_configuration_is_refused() -> None:
+    from tilewise.dispatch.config import KernelConfig
+
+    case = cases.Case("refuse", 9, 7, 2)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    huge = KernelConfig(128, 256, 128, num_warps=8, num_stages=6)
+    with pytest.raises(ValueError, match="shared memory"):
+        call(case, inputs, config=tilewise.LayerConfig("grouped", huge, huge))
