@@ -4,7 +4,7 @@ RUN = $(PYTHON) scripts/bootstrap.py
 # Arguments for demo, bench and the test targets: make test ARGS="-k routing"
 ARGS ?=
 JOBS ?= 2
-CPU_TESTS = $(wildcard tests/unit tests/kernels tests/integrations tests/examples)
+CPU_TESTS = $(wildcard tests/unit tests/kernels tests/integrations tests/examples tests/test_examples.py)
 
 .PHONY: help demo test test-cpu test-compile test-compile-here test-compile-newest test-gpu bench \
 	lint format docs wheel clean
@@ -24,13 +24,13 @@ test-cpu: ## units, kernels in Triton's interpreter, integrations, examples
 	TRITON_INTERPRET=1 $(RUN) test -m pytest $(CPU_TESTS) -n $(JOBS) $(ARGS)
 
 # A process of its own: an interpreted function cannot be compiled.
-test-compile-here: ## kernels compiled for every architecture, with the Triton of the tests
+test-compile-here:
 	$(RUN) test -m pytest tests/compile -n $(JOBS) $(ARGS)
 
-test-compile-newest: ## the same with the newest Triton and no torch
+test-compile-newest: # without torch
 	$(RUN) triton-newest -m pytest tests/compile -n $(JOBS) $(ARGS)
 
-test-compile: test-compile-here test-compile-newest ## both
+test-compile: test-compile-here test-compile-newest ## with the Triton of the tests, and the newest
 
 test-gpu: ## kernels and integrations on the GPU of this machine
 	$(RUN) test-gpu -m pytest tests/kernels tests/gpu tests/integrations $(ARGS)

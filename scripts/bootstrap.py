@@ -3,7 +3,7 @@
     python3 scripts/bootstrap.py NEED ARGUMENT...     e.g.  test -m pytest tests/unit
 
 The running Python is used as it is, without network, if it meets the need. Otherwise a virtual
-environment is made once, and again when pyproject.toml changes. Needs only the standard library.
+environment is made once, and updated when pyproject.toml changes. Needs only the standard library.
 "-n NUMBER" is left out where pytest-xdist, a convenience, is missing.
 """
 
@@ -31,7 +31,7 @@ NEEDS = {
     "run": RUN,
     "test-gpu": {**RUN, "pytest": "8.3"},
     "test": {**RUN, "pytest": "8.3"},
-    "lint": {**RUN, "ruff": "0.15", "mypy": "2.0"},
+    "lint": {**RUN, "ruff": "0.17", "mypy": "2.4"},
     "bench": {"torch": "2.9", "triton": "3.6", "rich": "13.7"},
     "triton-newest": {"triton": "3.9", "pytest": "8.3"},
 }
@@ -89,8 +89,8 @@ def require(ok: bool, what: str) -> None:
         raise SystemExit(f"[setup] could not install {what}; pip's message is above")
 
 
-def create(home: Path) -> Path:
-    """A fresh environment with pip, also where Python lacks ensurepip; returns its interpreter."""
+def create(home: Path) -> None:
+    """A fresh environment with pip, also where Python lacks ensurepip."""
     say(f"creating {home.relative_to(ROOT)} with Python {sys.version.split()[0]}")
     shutil.rmtree(home, ignore_errors=True)
     python = home / "bin" / "python"
@@ -105,7 +105,6 @@ def create(home: Path) -> Path:
         env = {**os.environ, "PYTHONPATH": str(Path(pip.origin).parents[1])}
         pip_install = [str(python), "-m", "pip", "install", "--quiet", "--ignore-installed", "pip"]
         require(subprocess.run(pip_install, env=env).returncode == 0, "pip")
-    return python
 
 
 def has_nvidia_gpu() -> bool:
@@ -135,15 +134,13 @@ def install_torch(python: Path) -> tuple[str, ...]:
     return ()
 
 
-def make(need: str, home: Path) -> Path:
-    """Makes the environment for `need`."""
-    python = create(home)
+def update(need: str, python: Path) -> None:
+    """Installs what `need` and pyproject.toml ask for."""
     if need == "triton-newest":
         require(install(python, NEWEST_TRITON, "numpy", "pytest", "pytest-xdist"), "Triton")
     else:
         constraints = install_torch(python)
         require(install(python, "--editable", ".[dev]", *constraints), "the dependencies")
-    return python
 
 
 def interpreter(need: str) -> Path:
@@ -152,13 +149,18 @@ def interpreter(need: str) -> Path:
     if not lacking:
         return Path(sys.executable)
     home = ROOT / (".venv-triton-newest" if need == "triton-newest" else ".venv")
-    sources = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__))
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    # Settings of tools, which come last, ask for no package.
+    project = (ROOT / "pyproject.toml").read_text().split("\n[tool.")[0]
+    sources = project + CONSTRAINTS.read_text() + Path(__file__).read_text()
+    key = hashlib.sha256(sources.encode()).hexdigest()
     stamp, python = home / "stamp", home / "bin" / "python"
     if not (python.exists() and stamp.exists() and stamp.read_text() == key):
         say(f"{sys.executable} lacks {', '.join(lacking)}")
         start = time.monotonic()
-        make(need, home)
+        # Without a stamp it was never finished.
+        if not (python.exists() and stamp.exists()):
+            create(home)
+        update(need, python)
         stamp.write_text(key)
         say(f"ready in {time.monotonic() - start:.0f} s")
     return python

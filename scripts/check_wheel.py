@@ -26,7 +26,7 @@ def main() -> None:
         wheels, site = Path(folder, "wheels"), Path(folder, "site")
         subprocess.run([*pip, "wheel", str(ROOT), "--no-deps", "-w", str(wheels)], check=True)
         (wheel,) = wheels.glob("tilewise-*.whl")
-        print("built", wheel.name, f"({wheel.stat().st_size / 1024:.0f} KiB)")
+        print("built", wheel.name, f"({wheel.stat().st_size / 1024:.0f} KiB)", flush=True)
         subprocess.run([*pip, "install", "--no-deps", "-t", str(site), str(wheel)], check=True)
         env = {**os.environ, "PYTHONPATH": str(site)}
         for arguments in (["-c", CHECK, str(site)], ["-m", "tilewise.cli", "--help"]):

@@ -105,7 +105,7 @@ CASES: tuple[Case, ...] = (
     Case("sizes_40_24", hidden_size=40, intermediate_size=24, num_tokens=9),
     Case("sizes_37_19", hidden_size=37, intermediate_size=19, num_tokens=9),
     Case("sizes_37_19_decode", hidden_size=37, intermediate_size=19, num_tokens=1),
-    Case("sizes_1_1", hidden_size=1, intermediate_size=1, num_tokens=5),
+    Case("sizes_1_1", hidden_size=1, intermediate_size=1, num_tokens=65),
     Case("sizes_129_65", hidden_size=129, intermediate_size=65, num_tokens=5, bias=True),
     *(
         Case(f"layout_{name}", layout=name, num_tokens=9, bias=name != "strided")

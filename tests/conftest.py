@@ -1,4 +1,4 @@
-"""What every test gets: a seed, poisoned memory, a device. Works without torch for tests/compile."""
+"""What every test gets: a seed, poisoned memory, a device. Needs no torch, for tests/compile."""
 
 from __future__ import annotations
 

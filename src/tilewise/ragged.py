@@ -1,4 +1,4 @@
-"""Ragged work: segments of uneven size. Experts and their tokens today; postings and documents later."""
+"""Ragged work: segments of uneven size. Experts and tokens today; postings and documents later."""
 
 from __future__ import annotations
 

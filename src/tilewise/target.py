@@ -26,6 +26,8 @@ class Target:
         warp_size: lanes per warp (NVIDIA) or wavefront (AMD).
         tensor_descriptors: whether Triton lowers descriptor loads to a copy engine here.
         warpgroup_mma: whether a dot wants 64 rows on its first operand (Hopper's wgmma).
+        same_bits_any_tile: whether a product's bits are known not to depend on its tile's shape:
+            tests/gpu compares them bit by bit on a machine before this may be set.
         memory_gbs: nominal device memory bandwidth, GB/s.
         bf16_tflops: nominal dense bf16 rate, TFLOP/s.
     """
@@ -40,6 +42,7 @@ class Target:
     warpgroup_mma: bool
     memory_gbs: float
     bf16_tflops: float
+    same_bits_any_tile: bool = False
 
     @property
     def capability(self) -> int:
@@ -65,7 +68,8 @@ class Target:
 def _nvidia(
     arch: str, sms: int, shared: int, l2: int, gbs: float, tflops: float, *, tma: bool = False
 ) -> Target:
-    return Target("cuda", arch, sms, shared, l2, 32, tma, arch == "sm_90", gbs, tflops)
+    hopper = arch == "sm_90"
+    return Target("cuda", arch, sms, shared, l2, 32, tma, hopper, gbs, tflops, hopper)
 
 
 def _amd(
@@ -129,6 +133,6 @@ def _probe(index: int) -> Target:
         max(older, key=lambda t: t.capability),
         arch=f"sm_{capability}",
         num_sms=props.multi_processor_count,
-        shared_memory=props.shared_memory_per_block_optin,
+        shared_memory=props.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         l2_bytes=props.L2_cache_size,
     )

@@ -1,7 +1,8 @@
-"""Every kernel x dtype x architecture compiles, with matrix instructions, within shared memory, unspilled.
+"""Every kernel x dtype x architecture compiles: matrix instructions, in shared memory, unspilled.
 
-"Compiled" is all that is claimed: none of this runs. The configurations are those that the library would
-choose on each machine. TILEWISE_COMPILE_FULL=1 adds every token count and shape to every dtype.
+"Compiled" is all that is claimed: none of this runs. The configurations are those that the library
+would choose on each machine. TILEWISE_COMPILE_FULL=1 adds every token count and shape to every
+dtype.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -
     assert compiled.shared <= limit, f"{compiled.shared} B of shared memory, limit {limit}"
     estimate = config.shared_memory(cfg, gemm(shape, 8, stage, dtype))
     assert compiled.shared <= estimate, f"estimated {estimate} B, needs {compiled.shared}"
-    if shape != "odd":  # Element-wise loads hold their tiles in registers; no model needs them fast.
+    # Element-wise loads hold their tiles in registers; no model needs them fast.
+    if shape != "odd":
         assert compiled.spilled == 0, f"spills {compiled.spilled}"
     if cfg.swap_operands and dtype != "fp32":
         assert "wgmma" in compiled.assembly, "operands were swapped for wgmma, which is not there"
@@ -112,7 +114,9 @@ def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -
         assert "cp.async.bulk.tensor" in compiled.assembly, "descriptor loads fell back"
 
 
-@pytest.mark.parametrize("kind", ["geglu", "geglu_tanh", "reglu2", "silu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize(
+    "kind", ["geglu", "geglu_tanh", "reglu2", "silu", "gelu", "gelu_tanh", "relu2"]
+)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])
 def test_activations(arch: str, kind: str) -> None:
     cfg = config.KernelConfig(16, 32, 32, 1, 4, 2)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real shapes, graphs, syncs, memory, compilation, and addresses past 2^31."""
+"""What only a GPU can show: real shapes, graphs, syncs, memory, compiling, addresses past 2^31."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import tilewise
 from tests import cases
 from tilewise import ExpertWeights, MoEShape
+from tilewise.moe.schedule import LayerProblem, schedule
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -147,11 +148,12 @@ def test_many_tokens_past_two_to_the_31() -> None:
     [QWEN3, MoEShape(128, 8, 4096, 192), MoEShape(8, 2, 4096, 3584), MoEShape(60, 4, 1411, 709)],
     ids=str,
 )
-def test_batch_invariance(shape: MoEShape) -> None:
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_batch_invariance(shape: MoEShape, dtype: torch.dtype) -> None:
     """A token has the same bits alone and among 33, 500 and 2,500 others."""
     case = cases.Case("batch", 2501, shape.num_experts, shape.top_k, shape.hidden_size,
                       shape.intermediate_size)  # fmt: skip
-    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    inputs = cases.make_inputs(case, dtype, "cuda")
     weights = inputs.weights
 
     def run(rows: slice) -> torch.Tensor:
@@ -164,6 +166,22 @@ def test_batch_invariance(shape: MoEShape) -> None:
     for count in (1, 2, 8, 34, 129, 501):
         assert torch.equal(run(slice(0, count)), everyone[:count]), count
         assert torch.equal(run(slice(2501 - count, None)), everyone[2501 - count :]), count
+
+
+def test_product_bits_do_not_depend_on_the_tile() -> None:
+    """What `Target.same_bits_any_tile` claims, over the tiles and instructions that are chosen."""
+    target = tilewise.Target.probe()
+    if not target.same_bits_any_tile:
+        pytest.skip(f"not claimed for {target.arch}")
+    shape = MoEShape(32, 4, 4096, 1536)
+    case = cases.Case("bits", 300, 32, 4, 4096, 1536)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    outs = []
+    for tokens in (4, 16, 40, 128, 700, 3000):  # Batches that choose different tiles.
+        problem = LayerProblem(tokens, 4, 32, 4096, 1536, 2, True, True)
+        for machine in (target, replace(target, warpgroup_mma=False)):
+            outs.append(call(case, inputs, config=schedule(problem, machine)))
+    assert all(torch.equal(out, outs[0]) for out in outs), shape
 
 
 def test_same_bits_run_after_run() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.cases import Case, Inputs
+from tilewise.models import MoEShape
 from tilewise.moe.explain import workspace_size
 from tilewise.moe.forward import forward_into
 from tilewise.moe.schedule import LayerConfig
-from tilewise.models import MoEShape
 from tilewise.target import Target
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,7 +32,7 @@ def run_layer(
     size_only: bool = False,
     target: Target | None = None,
 ) -> Any:
-    """The layer's Triton path on `inputs`, past the operators, so that the interpreter runs it on CPU."""
+    """The layer's Triton path on `inputs`, past the operators: the interpreter runs it on a CPU."""
     w, x = inputs.weights, inputs.hidden_states
     if size_only:
         shape = MoEShape(w.num_local_experts, case.top_k, w.hidden_size, w.intermediate_size)

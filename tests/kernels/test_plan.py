@@ -8,11 +8,13 @@ import torch
 from tests import cases
 from tests.kernels.harness import DEVICE, INTERPRETED
 from tilewise.moe import reference
-from tilewise.moe.plan import carve_plan, plan_ints, plan_into
+from tilewise.moe.plan import carve_plan, plan_into, plan_ints
 from tilewise.ragged import max_tiles
 
 
-def check(ids: torch.Tensor, num_experts: int, num_local: int, expert_map: torch.Tensor | None) -> None:
+def check(
+    ids: torch.Tensor, num_experts: int, num_local: int, expert_map: torch.Tensor | None
+) -> None:
     n = ids.numel()
     buffer = torch.full((plan_ints(n, num_local),), 2**30, dtype=torch.int32, device=DEVICE)
     ragged = carve_plan(buffer, n, num_local)

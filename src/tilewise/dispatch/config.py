@@ -90,12 +90,13 @@ class GroupedGemm:
 
 
 def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
-    """Bytes of shared memory a program needs: the staged tiles, or the epilogue's staging if larger."""
+    """Bytes of shared memory of a program: its staged tiles, or the epilogue's staging if more."""
     elements = config.block_m * config.block_k
     elements += gemm.num_weights * config.block_n * config.block_k
     staged = config.num_stages * elements * gemm.itemsize
     # Layout changes of the epilogue pass through shared memory in fp32.
-    epilogue = config.block_m * config.block_n * 4 * (gemm.num_weights if config.swap_operands else 1)
+    tiles = gemm.num_weights if config.swap_operands else 1
+    epilogue = config.block_m * config.block_n * 4 * tiles
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
         staged += config.block_m * config.block_n * gemm.itemsize // 2
     return max(staged, epilogue) + 1024

@@ -1,7 +1,8 @@
-"""Which configuration runs: closed form in shape, row bounds and hardware facts, without timing or sync.
+"""Which configuration runs: closed form in shape, row bounds and hardware facts; no timing or sync.
 
 A cost model fitted on profiles will take the place of `choose`; its callers need not change. The
-thresholds were read off a sweep of 89 configurations on one H200 (bench/sweep.py, docs/performance.md).
+thresholds were read off a sweep of 89 configurations on one H200 (bench/sweep.py,
+docs/performance.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """The configuration for a grouped GEMM when only host facts are known.
 
     The largest segment a call may have decides the tile height, not the mean: when few segments are
-    active, short tiles re-read their weights many times, while tall tiles cost little when they are not.
+    active, short tiles re-read their weights many times, while tall tiles cost little when they are
+    not.
 
     Returns:
         A legal configuration for `target`. Depends on nothing but the arguments.
@@ -59,7 +61,7 @@ def _wgmma(gemm: GroupedGemm) -> KernelConfig:
 
 
 def _portable(gemm: GroupedGemm, target: Target) -> KernelConfig:
-    """Pointer loads and the target's ordinary matrix instruction; not tuned on any of these machines."""
+    """Pointer loads and the target's ordinary matrix instruction; tuned on none of them."""
     rows = gemm.max_segment_rows
     if target.backend == "hip":
         return _wave32(gemm) if target.warp_size == 32 else _wave64(gemm)
@@ -89,7 +91,7 @@ def _wave64(gemm: GroupedGemm) -> KernelConfig:
 
 
 def _wave32(gemm: GroupedGemm) -> KernelConfig:
-    """AMD's RDNA: half the lanes to hold a tile, so short steps where two weight tiles are in flight."""
+    """AMD's RDNA: half the lanes to hold a tile, so short steps with two weight tiles in flight."""
     rows, pair = gemm.max_segment_rows, gemm.num_weights == 2
     if gemm.itemsize == 4:
         return KernelConfig(16, 32, 16, 8, 4, 2)
@@ -107,7 +109,7 @@ def choose_stream(gemm: GroupedGemm, target: Target) -> StreamConfig:
     single = gemm.max_segment_rows <= 1
     # AMD stages loads through registers, which the accumulators need.
     stages = 1 if target.backend == "hip" else 3
-    # A step covers all of K where it can: a loop of one and a half steps wastes a third of its loads.
+    # A step covers all of K where it can: one and a half steps waste a third of their loads.
     if gemm.k <= 256:
         block_k = next_power_of_two(gemm.k)
     elif 512 < gemm.k <= 1024:

@@ -20,7 +20,6 @@ from ..moe.layer import fused_experts
 from ..moe.weights import ExpertWeights
 
 NAME = "tilewise"
-
 Model = TypeVar("Model", bound=nn.Module)
 
 # Class of `act_fn` -> activation with and without a gate. A subclass may compute anything else.
@@ -66,8 +65,7 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts of one layer, for transformers to call with one of its experts modules.
 
-    What Tilewise cannot compute exactly is left to the model's own code, with one warning for each
-    class and reason.
+    What Tilewise cannot compute exactly runs the model's own code, warning once a class and reason.
 
     Args:
         self: a module whose class is decorated with `use_experts_implementation`.
@@ -84,8 +82,8 @@ def experts_forward(
     names = {"up": f"{name}_proj", "down": "down_proj"}
     if getattr(self, "has_bias", False):
         names |= {f"{name}_bias": f"{name}_proj_bias", "down_bias": "down_proj_bias"}
-    tensors = {key: getattr(self, name, None) for key, name in names.items()}
-    reason, activation = _unsupported(self, hidden_states, top_k_weights, tensors)
+    tensors: dict[str, Any] = {key: getattr(self, name, None) for key, name in names.items()}
+    reason, activation = _unsupported(self, tensors, hidden_states, top_k_weights)
     if activation is None:
         _warn(type(self), reason)
         output: torch.Tensor = _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
@@ -97,7 +95,7 @@ def experts_forward(
 
 
 def _unsupported(
-    experts: Any, x: torch.Tensor, top_k_weights: torch.Tensor, tensors: dict[str, Any]
+    experts: Any, tensors: dict[str, Any], x: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[str, Activation | None]:
     """Why Tilewise leaves this call to the model ("" if it doesn't), and the activation."""
     from transformers.integrations import moe
@@ -147,8 +145,5 @@ def _own_forward(experts: Any) -> Any:
 def _warn(experts_class: type, reason: str) -> None:
     if (experts_class, reason) not in _warned:
         _warned.add((experts_class, reason))
-        warnings.warn(
-            f"{experts_class.__name__} runs its own code instead of Tilewise: {reason}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        message = f"{experts_class.__name__} runs its own code instead of Tilewise: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -90,7 +90,7 @@ def check_experts_args(
         )
     if topk_weights.dtype not in DTYPES:
         raise ValueError(
-            f"topk_weights is {topk_weights.dtype}; allowed: bfloat16, float16, float32"
+            f"topk_weights is {topk_weights.dtype}; allowed: float32, bfloat16, float16"
         )
     if activation.is_gated is (weights.gate is None):
         holds = "no gate" if weights.gate is None else "a gate"

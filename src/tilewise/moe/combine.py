@@ -19,7 +19,8 @@ def combine_into(
     """Writes the weighted sum over slots, or with `out` [T, top_k, H] every weighted row.
 
     Args:
-        out: [num_tokens, hidden_size], or [num_tokens, top_k, hidden_size] to leave the sum to the host.
+        out: [num_tokens, hidden_size], or [num_tokens, top_k, hidden_size] to leave the sum to the
+            host.
         rows: [num_rows, hidden_size], contiguous, in expert order.
         scatter: int32 [num_tokens * top_k], the row of each assignment, -1 contributes exactly 0.
         topk_weights: [num_tokens, top_k].

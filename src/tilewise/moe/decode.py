@@ -10,35 +10,30 @@ from .kernels.decode import decode_down_kernel, decode_gate_up_kernel
 from .launch import cdiv, launch
 
 
-def decode_into(
-    out: torch.Tensor,
+def decode_gate_up_into(
     act: torch.Tensor,
     x: torch.Tensor,
     gate: torch.Tensor | None,
     up: torch.Tensor,
-    down: torch.Tensor,
     gate_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
     expert_map: torch.Tensor | None,
     num_experts: int,
     apply_router_weight_on_input: bool,
-    gate_up_config: StreamConfig,
-    down_config: StreamConfig,
+    config: StreamConfig,
 ) -> None:
-    """Writes `out` [num_tokens, hidden_size]; `act` [num_tokens * top_k, intermediate_size] is scratch."""
+    """Writes `act` [num_tokens * top_k, intermediate_size]; rows of skipped slots stay unwritten."""
     num_tokens, top_k = topk_ids.shape
-    intermediate_size, hidden_size = up.shape[1], up.shape[2]
-    expert_ids = topk_ids if expert_map is None else expert_map
+    _, intermediate_size, hidden_size = up.shape
     g = up if gate is None else gate
     ub = up if up_bias is None else up_bias
     gb = ub if gate_bias is None else gate_bias
     launch(
         decode_gate_up_kernel,
-        (cdiv(intermediate_size, gate_up_config.block_n), num_tokens * top_k),
+        (cdiv(intermediate_size, config.block_n), num_tokens * top_k),
         x,
         g,
         up,
@@ -46,7 +41,7 @@ def decode_into(
         ub,
         act,
         topk_ids,
-        expert_ids,
+        topk_ids if expert_map is None else expert_map,
         topk_weights,
         num_experts,
         intermediate_size,
@@ -67,36 +62,53 @@ def decode_into(
         ALPHA=activation.alpha,
         BETA=activation.beta,
         LIMIT=activation.limit,
-        BLOCK_N=gate_up_config.block_n,
-        BLOCK_K=gate_up_config.block_k,
-        NUM_STAGES=gate_up_config.num_stages,
-        num_warps=gate_up_config.num_warps,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )
-    db = down if down_bias is None else down_bias
+
+
+def decode_down_into(
+    out: torch.Tensor,
+    act: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+    apply_router_weight_on_input: bool,
+    config: StreamConfig,
+) -> None:
+    """Writes `out` [num_tokens, hidden_size] from `act`, summing each token's slots in order."""
+    num_tokens, top_k = topk_ids.shape
+    _, hidden_size, intermediate_size = down.shape
+    bias = down if down_bias is None else down_bias
     launch(
         decode_down_kernel,
-        (cdiv(hidden_size, down_config.block_n), num_tokens),
+        (cdiv(hidden_size, config.block_n), num_tokens),
         act,
         down,
-        db,
+        bias,
         out,
         topk_ids,
-        expert_ids,
+        topk_ids if expert_map is None else expert_map,
         topk_weights,
         num_experts,
         hidden_size,
         intermediate_size,
         top_k,
         *down.stride(),
-        *(db.stride() if down_bias is not None else (0, 0)),
+        *(bias.stride() if down_bias is not None else (0, 0)),
         *topk_ids.stride(),
         *topk_weights.stride(),
         out.stride(0),
         HAS_MAP=expert_map is not None,
         BIAS=down_bias is not None,
         ROW_WEIGHTS=not apply_router_weight_on_input,
-        BLOCK_N=down_config.block_n,
-        BLOCK_K=down_config.block_k,
-        NUM_STAGES=down_config.num_stages,
-        num_warps=down_config.num_warps,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )

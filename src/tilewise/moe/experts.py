@@ -18,7 +18,7 @@ _IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND
 
 
 def suits_descriptor(tensor: torch.Tensor) -> bool:
-    """Whether a [E, N, K] weight view can be a descriptor: unit last stride, all else 16-byte aligned."""
+    """Whether an [E, N, K] view can be a descriptor: unit last stride, all else 16-byte aligned."""
     size = tensor.element_size()
     e, n, k = tensor.stride()
     return k == 1 and (n * size) % 16 == 0 and (e * size) % 16 == 0 and tensor.data_ptr() % 16 == 0
@@ -65,7 +65,8 @@ def grouped_gemm_into(
     g = up if gate is None else gate
     tiles = ragged.max_tiles(config.block_m) * cdiv(n, config.block_n)
     programs = min(tiles, target.num_sms * config.occupancy) if config.persistent else tiles
-    # A descriptor clips at the array's end only, so in-order rows may run into the next segment: harmless.
+    # A descriptor clips at the array's end only, so in-order rows may run into the next segment:
+    # harmless.
     x_descriptor = config.descriptors and not gathered and suits_rows(x)
     bias = up_bias is not None
     ub = up if up_bias is None else up_bias

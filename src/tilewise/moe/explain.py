@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from dataclasses import dataclass
+
+import torch
 
 from ..models import MoEShape
 from ..target import Target
@@ -79,10 +79,11 @@ class Explanation:
         active_experts: experts assumed to be active.
         weight_bytes: weights of the active experts, read once.
         activation_bytes: all other traffic of our kernels.
-        unfused_activation_bytes: the same for a kernel per step: permute, gate, up, activation, multiply
-            rows, down, un-permute and sum.
+        unfused_activation_bytes: the same for a kernel per step: permute, gate, up, activation,
+            multiply rows, down, un-permute and sum.
         flops: multiply-adds counted twice.
-        floor_us: the larger of compulsory bytes over bandwidth and FLOPs over the matrix rate (nominal).
+        floor_us: the larger of compulsory bytes over bandwidth and FLOPs over the matrix rate
+            (nominal).
     """
 
     target: str
@@ -107,7 +108,8 @@ class Explanation:
                 f"gate+up     {self.config.gate_up}",
                 f"down        {self.config.down}",
                 f"weights     {self.weight_bytes / 1e6:.1f} MB, {self.active_experts:.1f} experts",
-                f"activations {self.activation_bytes / 1e6:.1f} MB, {self.saving:.0%} less than unfused",
+                f"activations {self.activation_bytes / 1e6:.1f} MB, "
+                f"{self.saving:.0%} less than unfused",
                 f"arithmetic  {self.flops / 1e9:.1f} GFLOP",
                 f"floor       {self.floor_us:.1f} us at nominal rates",
             )
@@ -145,14 +147,16 @@ def explain(
     size, rows, matrices = dtype.itemsize, num_tokens * k, 3 if activation.is_gated else 2
     weight_bytes = round(active_experts * matrices * h * i * size)
     tokens_in_out = 2 * num_tokens * h * size
-    # The activation is written and read once; so are the rows before their sum, unless decode sums them.
+    # The activation is written and read once; so are the rows before their sum, unless decode sums
+    # them.
     moved = tokens_in_out + 2 * rows * i * size
     if layer.path == "grouped":
         moved += 2 * rows * h * size + 2 * plan_ints(rows, e) * 4
-    # permute: read x, write rows; gate, up: read rows, write; activation: read both, write; down: read,
-    # write; sum: read, write out.
+    # permute: read x, write rows; gate, up: read rows, write; activation: read both, write; down:
+    # read, write; sum: read, write out.
     products = matrices - 1
-    unfused = tokens_in_out + rows * size * (h + products * (h + i) + (products + 1) * i + i + 2 * h)
+    per_row = h + products * (h + i) + (products + 1) * i + i + 2 * h
+    unfused = tokens_in_out + rows * size * per_row
     unfused += 2 * plan_ints(rows, e) * 4
     flops = 2 * matrices * rows * h * i
     compulsory = (weight_bytes + tokens_in_out) / machine.memory_gbs / 1e3

@@ -10,7 +10,7 @@ from ..target import Target
 from . import replay
 from .activation import Activation
 from .combine import combine_into
-from .decode import decode_into
+from .decode import decode_down_into, decode_gate_up_into
 from .experts import grouped_gemm_into, suits_descriptor
 from .launch import recording
 from .plan import carve_plan, plan_into
@@ -30,9 +30,7 @@ def problem_of(
     """The host-side facts of a call."""
     num_experts, intermediate_size, hidden_size = up.shape
     descriptors = (
-        suits_descriptor(up)
-        and suits_descriptor(down)
-        and (gate is None or suits_descriptor(gate))
+        suits_descriptor(up) and suits_descriptor(down) and (gate is None or suits_descriptor(gate))
     )
     return LayerProblem(
         topk_ids.shape[0],
@@ -84,7 +82,7 @@ def forward_into(
         activation, expert_map, apply_router_weight_on_input, reduce, batch_invariant, config,
     )  # fmt: skip
     if not (replay.SUPPORTED and hidden_states.is_cuda and target is None):
-        _launch(out, workspace, *args, target or Target.probe(hidden_states.device))
+        _launch(out, workspace, *args, target=target or Target.probe(hidden_states.device))
         return
     key = _call_key(out, workspace, *args)
     known = _REPLAYS.get(key)
@@ -159,7 +157,7 @@ def _record(
     """Runs the call the ordinary way and keeps its launches."""
     with recording() as launches:
         target = Target.probe(hidden_states.device)
-        workspace = _launch(out, workspace, hidden_states, *args, target)
+        workspace = _launch(out, workspace, hidden_states, *args, target=target)
     topk_weights, topk_ids = args[6], args[7]
     buffers = (out, hidden_states, topk_weights, topk_ids)
     return replay.Replay(launches, workspace, buffers), workspace.numel()
@@ -183,6 +181,7 @@ def _launch(
     reduce: bool,
     batch_invariant: bool,
     config: str,
+    *,
     target: Target,
 ) -> torch.Tensor:
     """Decides and launches; returns the workspace."""
@@ -197,10 +196,15 @@ def _launch(
     num_experts = up.shape[0] if expert_map is None else expert_map.shape[0]
     num_rows = num_tokens * top_k
     if layer.path == "decode":
-        decode_into(
-            out, act, hidden_states, gate, up, down, gate_bias, up_bias, down_bias,
-            topk_weights, topk_ids, activation, expert_map, num_experts,
-            apply_router_weight_on_input, layer.gate_up, layer.down,  # type: ignore[arg-type]
+        decode_gate_up_into(
+            act, hidden_states, gate, up, gate_bias, up_bias, topk_weights, topk_ids, activation,
+            expert_map, num_experts, apply_router_weight_on_input,
+            layer.gate_up,  # type: ignore[arg-type]
+        )  # fmt: skip
+        decode_down_into(
+            out, act, down, down_bias, topk_weights, topk_ids, expert_map, num_experts,
+            apply_router_weight_on_input,
+            layer.down,  # type: ignore[arg-type]
         )  # fmt: skip
         return workspace
     _grouped_into(

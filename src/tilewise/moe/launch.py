@@ -1,5 +1,5 @@
-"""Launching kernels: one place for the interpreter's needs, precision, compiling without running, and
-recording launches so that a later call can repeat them (replay.py)."""
+"""Launching kernels: one place for the interpreter's needs, precision, compiling without running,
+and recording launches so that a later call can repeat them (replay.py)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cdiv(a: int, b: int) -> int:
 def dot_precision(dtype: torch.dtype, target: Target) -> str:
     """Triton's input_precision. fp32 stays fp32-accurate unless the user allowed TF32 to torch.
 
-    Three TF32 products (tf32x3) keep fp32 accuracy on NVIDIA's matrix units; AMD's have fp32 itself.
+    Three TF32 products (tf32x3) keep fp32 accuracy on NVIDIA's matrix units; AMD's have fp32.
     """
     if dtype is not torch.float32 or target.backend != "cuda":
         return "ieee"
@@ -56,13 +56,13 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
 
 
 def upcast_dot(dtype: torch.dtype) -> bool:
-    """Whether kernels must widen operands before a dot: the interpreter gets bf16 products wrong."""
+    """Whether kernels must widen operands of a dot: the interpreter gets bf16 products wrong."""
     return INTERPRETED and dtype is torch.bfloat16
 
 
 @contextlib.contextmanager
 def compile_only() -> Iterator[list[tuple[str, str]]]:
-    """Within this context `launch` compiles instead of running; yields (kernel name, hash) pairs."""
+    """Within this context `launch` compiles, runs nothing; yields (kernel name, hash) pairs."""
     mode = _Mode()
     mode.compiled_keys = []
     token = _mode.set(mode)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..models import MoEShape
 from ..ragged import Ragged
-from . import ops  # noqa: F401  Registers torch.ops.tilewise.
+from . import ops
 from .activation import SWIGLU, Activation
 from .checks import check_experts_args, check_route_args
 from .schedule import LayerConfig
@@ -27,8 +27,8 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses each token's experts.
 
-    Ties go to the lower expert index. Ids are unique within a token and in range whatever the logits; a
-    NaN logit ranks lowest and its weight is 0.
+    Ties go to the lower expert index. Ids are unique within a token and in range whatever the
+    logits; a NaN logit ranks lowest and its weight is 0.
 
     Args:
         router_logits: [num_tokens, num_experts], fp32, fp16 or bf16.
@@ -37,9 +37,9 @@ def route(
         renormalize: divide the chosen scores by their sum.
         e_score_correction_bias: [num_experts], added to the scores for choosing only (DeepSeek-V3,
             arXiv 2412.19437, section 2.1.2).
-        num_expert_group: groups of consecutive experts for group-limited routing (DeepSeek-V2, arXiv
-            2405.04434, section 2.2.2); a group ranks by its best expert, or with a bias by the sum of
-            its two best.
+        num_expert_group: groups of consecutive experts for group-limited routing (DeepSeek-V2,
+            arXiv 2405.04434, section 2.2.2); a group ranks by its best expert, or with a bias by
+            the sum of its two best.
         topk_group: groups a token may choose from.
         routed_scaling_factor: multiplies the weights last.
 
@@ -113,17 +113,17 @@ def fused_experts(
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed experts of one layer: gate and up products, activation, down product, weighted sum.
+    """The routed experts of a layer: gate and up products, activation, down product, weighted sum.
 
-    Nothing here reads device data on the host; a call can be captured in a CUDA graph and replayed with
-    other routings. The same input gives the same bits, run after run.
+    Nothing here reads device data on the host; a call can be captured in a CUDA graph and replayed
+    with other routings. The same input gives the same bits, run after run.
 
     Args:
         hidden_states: [num_tokens, hidden_size], any strides.
         weights: the experts on this device, as views.
         topk_weights: [num_tokens, top_k], fp32, fp16 or bf16.
-        topk_ids: [num_tokens, top_k], int32 or int64, global ids. -1 and ids past the last expert are
-            skipped: they contribute exactly 0.
+        topk_ids: [num_tokens, top_k], int32 or int64, global ids. -1 and ids past the last expert
+            are skipped: they contribute exactly 0.
         activation: what happens between the products.
         expert_map: int32 [num_experts], global -> local or -1 for experts held elsewhere.
         apply_router_weight_on_input: scale an expert's input by its weight instead of its output
@@ -131,7 +131,7 @@ def fused_experts(
         reduce: False returns each slot's weighted output, for a host that sums them itself.
         batch_invariant: a token's bits do not depend on the other tokens of the call.
         config: overrides the choice of path and tiles.
-        out: written and returned if given; [num_tokens, hidden_size], or with the slots in the middle.
+        out: written and returned if given; [num_tokens, hidden_size], or with the slots between.
         workspace: scratch memory, uint8, `workspace_size()` bytes; needs `out`.
 
     Returns:
@@ -139,7 +139,8 @@ def fused_experts(
         `hidden_states`.
 
     Raises:
-        ValueError: shapes, dtypes or options that don't fit together, or a config this machine cannot run.
+        ValueError: shapes, dtypes or options that don't fit together, or a config this machine
+            cannot run.
     """
     check_experts_args(
         hidden_states,
@@ -197,7 +198,7 @@ def fused_experts(
 
 
 def _plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether nothing listens to the dispatcher: then going past it saves 20 us of CPU time a call."""
+    """Whether nothing listens to the dispatcher: going past it saves 20 us of CPU time a call."""
     return (
         type(x) is torch.Tensor
         and x.is_cuda
@@ -226,7 +227,7 @@ def fused_moe(
     apply_router_weight_on_input: bool = False,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """The whole layer: router product, `route`, `fused_experts`, and shared experts if there are any.
+    """The whole layer: router product, `route`, `fused_experts`, shared experts if there are any.
 
     Args:
         hidden_states: [num_tokens, hidden_size].

@@ -9,17 +9,28 @@ from .kernels.plan import plan_kernel
 from .launch import launch, next_power_of_two
 
 
+def _padded(size: int) -> int:
+    """Elements up to the next 16 bytes: every part is aligned alike, so no variant depends on sizes."""
+    return -(-size // 4) * 4
+
+
 def plan_ints(num_assignments: int, num_local_experts: int) -> int:
     """int32 elements of a plan's buffer: sizes, offsets, gather, scatter."""
-    return 2 * num_local_experts + 1 + 2 * num_assignments
+    experts = _padded(num_local_experts) + _padded(num_local_experts + 1)
+    return experts + 2 * _padded(num_assignments)
 
 
 def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: int) -> Ragged:
     """Views of a flat int32 buffer of `plan_ints` elements."""
     n, e = num_assignments, num_local_experts
-    gather = 2 * e + 1
+    offsets = _padded(e)
+    gather = offsets + _padded(e + 1)
+    scatter = gather + _padded(n)
     return Ragged(
-        buffer[:e], buffer[e:gather], buffer[gather : gather + n], buffer[gather + n : gather + 2 * n]
+        buffer[:e],
+        buffer[offsets : offsets + e + 1],
+        buffer[gather : gather + n],
+        buffer[scatter : scatter + n],
     )
 
 

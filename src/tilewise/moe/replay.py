@@ -76,13 +76,14 @@ class Replay:
             slots: list[_Slot] = []
             for position, arg in enumerate(launch.args):
                 if isinstance(arg, TensorDescriptor):
-                    address, value = arg.base.data_ptr(), _Descriptor(arg)
+                    address = arg.base.data_ptr()
+                    args.append(_Descriptor(arg))
                 elif isinstance(arg, torch.Tensor):
-                    address, value = arg.data_ptr(), arg.data_ptr()
+                    address = arg.data_ptr()
+                    args.append(address)
                 else:
                     args.append(arg)
                     continue
-                args.append(value)
                 if scratch <= address < scratch + workspace.numel():
                     slots.append(_Slot(position, 0, address - scratch))
                 elif address in places:

@@ -20,7 +20,7 @@ def route_into(
     topk_group: int,
     routed_scaling_factor: float,
 ) -> None:
-    """Fills `topk_weights` fp32 and `topk_ids` int32, both [num_tokens, top_k]; see `tilewise.route`."""
+    """Fills `topk_weights` fp32 and `topk_ids` int32, [num_tokens, top_k]; see `tilewise.route`."""
     num_tokens, num_experts = router_logits.shape
     if num_tokens == 0:
         return

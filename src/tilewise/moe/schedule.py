@@ -65,9 +65,9 @@ class LayerProblem:
     reduce: bool = True
     batch_invariant: bool = False
 
-    def gemms(self) -> tuple[GroupedGemm, GroupedGemm]:
-        """The two products; batch-invariant calls describe a batch of one fixed size."""
-        tokens = INVARIANT_TOKENS if self.batch_invariant else self.num_tokens
+    def gemms(self, fixed_batch: bool = False) -> tuple[GroupedGemm, GroupedGemm]:
+        """The two products; with `fixed_batch`, of a batch of one fixed size."""
+        tokens = INVARIANT_TOKENS if fixed_batch else self.num_tokens
         rows = tokens * self.top_k
         gate_up = GroupedGemm(
             rows, tokens, self.num_experts, self.intermediate_size, self.hidden_size,
@@ -83,7 +83,11 @@ class LayerProblem:
 @functools.lru_cache(maxsize=65536)
 def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     """The configuration of a call; from its shape alone if it must not depend on the batch."""
-    gate_up, down = problem.gemms()
+    # One configuration for all batches, unless this machine's bits are the same for any tile.
+    gate_up, down = problem.gemms(
+        fixed_batch=problem.batch_invariant
+        and not (target.same_bits_any_tile and problem.itemsize == 2)
+    )
     if (
         problem.reduce
         and not problem.batch_invariant

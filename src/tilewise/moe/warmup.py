@@ -21,7 +21,7 @@ from .workspace import buffer_sizes
 def meta_weights(
     shape: MoEShape, dtype: torch.dtype, activation: Activation, bias: bool = False
 ) -> ExpertWeights:
-    """Weights of the usual layout without memory: [E, 2I, H] with gate rows first, and [E, H, I]."""
+    """Weights of the usual layout without memory: [E, 2I, H], gate rows first, and [E, H, I]."""
     e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
 
     def empty(*size: int) -> torch.Tensor:

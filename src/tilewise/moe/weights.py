@@ -60,7 +60,7 @@ class ExpertWeights:
             if tensor.dtype is not self.up.dtype:
                 bias = name.endswith("bias")
                 if not (bias and tensor.dtype is torch.float32):
-                    allowed = "that dtype or float32" if bias else "one dtype"
+                    allowed = "that or float32" if bias else "one dtype"
                     raise ValueError(
                         f"{name} is {tensor.dtype}, up is {self.up.dtype}: use {allowed}"
                     )
@@ -120,7 +120,8 @@ class ExpertWeights:
         rows = gate_up.shape[1]
         if rows % 2:
             raise ValueError(
-                f"gate_up must hold as many rows of gate as of up, got {rows}: check `transposed`"
+                f"gate_up must hold as many rows of gate as of up, got {rows} rows; is "
+                "`transposed` right?"
             )
         if gate_up_bias is not None and gate_up_bias.shape != gate_up.shape[:2]:
             raise ValueError(

@@ -14,7 +14,7 @@ from .activation import activate
 
 
 @triton.jit
-def one_expert(ids_ptr, map_ptr, token, slot, num_experts, stride_t, stride_k, HAS_MAP: tl.constexpr):
+def one_expert(ids_ptr, map_ptr, token, slot, num_experts, stride_t, stride_k, HAS_MAP: tl.constexpr):  # fmt: skip
     """Local expert of one assignment, -1 where it is to be skipped."""
     expert = tl.load(ids_ptr + token * stride_t + slot * stride_k)
     valid = (expert >= 0) & (expert < num_experts)

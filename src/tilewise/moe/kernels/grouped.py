@@ -22,7 +22,7 @@ def tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M: tl.constexpr, SEGMENTS:
 
 
 @triton.jit
-def locate(ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr):
+def locate(ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Tile number -> (segment, first row, rows in the segment, row tile, column tile)."""
     past = ends <= tile
     segment = tl.sum(past.to(tl.int32), 0)
@@ -182,7 +182,7 @@ def grouped_tile(
     out_ptrs = out_ptr + out_rows[:, None] * stride_om + offs_n[None, :]
     tl.store(
         out_ptrs, result.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :]
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"])

@@ -1,0 +1,361 @@
+"""Configurations: what is legal, what is chosen, and what happens to a wish that cannot be met."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tilewise.dispatch.config import (
+    GroupedGemm,
+    KernelConfig,
+    StreamConfig,
+    accumulators,
+    fit,
+    shared_memory,
+    why_illegal,
+)
+from tilewise.dispatch.select import choose, choose_stream, next_power_of_two
+from tilewise.models import MODELS, MoEShape
+from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
+from tilewise.target import CATALOGUE, CPU, Target
+
+TOKENS = (1, 2, 3, 8, 33, 128, 500, 2048, 8192)
+KIB = 1024
+
+
+def problem(
+    num_tokens: int, shape: MoEShape = MODELS["qwen3-30b-a3b"], itemsize: int = 2, **changes: Any
+) -> LayerProblem:
+    made = LayerProblem(
+        num_tokens, shape.top_k, shape.num_experts, shape.hidden_size, shape.intermediate_size,
+        itemsize, True, True,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+GATE_UP = GroupedGemm(4096, 512, 128, 768, 2048, num_weights=2, gathered=True)
+DOWN = GroupedGemm(4096, 512, 128, 2048, 768)
+H200, RTX, MI300 = (Target.from_arch(a) for a in ("sm_90", "sm_89", "gfx942"))
+
+
+# ---------------------------------------------------------------- KernelConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_m": 48}, "block_m=48 must be a power of two"),
+        ({"block_n": 0}, "block_n=0 must be a power of two"),
+        ({"block_k": -64}, "block_k=-64 must be a power of two"),
+        ({"num_warps": 3}, "num_warps=3 must be a power of two"),
+        ({"num_warps": 0}, "num_warps=0 must be a power of two"),
+        ({"block_m": 8}, "block_m=8 must be at least 16"),
+        ({"block_n": 4}, "block_n=4 must be at least 16"),
+        ({"block_k": 8}, "block_k=8 must be at least 16"),
+        ({"group_m": 0}, "group_m=0 must be at least 1"),
+        ({"num_stages": 0}, "num_stages=0 must be at least 1"),
+        ({"occupancy": 0}, "occupancy=0 must be at least 1"),
+    ],
+)
+def test_kernel_config_refuses(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KernelConfig(**{"block_m": 64, "block_n": 64, "block_k": 64, **changes})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((3, 64), "block_n=3 must be a power of two"),
+        ((4, 96), "block_k=96 must be a power of two"),
+        ((4, 64, 0), "num_warps=0 must be a power of two"),
+        ((4, 64, 4, 0), "num_stages=0 must be at least 1"),
+    ],
+)
+def test_stream_config_refuses(values: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(*values)
+
+
+def test_kernel_config_round_trip() -> None:
+    config = KernelConfig(32, 128, 64, 4, 8, 5, True, True, True, 2)
+    assert KernelConfig.from_dict(json.loads(config.to_json())) == config
+    message = r"unknown fields \['warps'\]; a KernelConfig has \[.*'num_warps'"
+    with pytest.raises(ValueError, match=message):
+        KernelConfig.from_dict({"block_m": 16, "block_n": 16, "block_k": 16, "warps": 4})
+
+
+def test_shared_memory_by_hand() -> None:
+    # Three stages of a 64 x 64 tile of rows and two 128 x 64 tiles of weights, two bytes each.
+    config = KernelConfig(64, 128, 64, num_stages=3)
+    assert shared_memory(config, GATE_UP) == 3 * (4096 + 2 * 8192) * 2 + KIB
+    # One stage of small steps: the fp32 tile of results is the larger one.
+    small = KernelConfig(64, 128, 16, num_stages=1)
+    assert shared_memory(small, GATE_UP) == 64 * 128 * 4 + KIB
+    assert shared_memory(replace(small, swap_operands=True), GATE_UP) == 2 * 64 * 128 * 4 + KIB
+    persistent = replace(config, persistent=True)
+    assert shared_memory(persistent, GATE_UP) - shared_memory(config, GATE_UP) == 64 * 128
+
+
+def test_accumulators_by_hand() -> None:
+    assert accumulators(KernelConfig(64, 128, 64, num_warps=4), GATE_UP) == 128
+    assert accumulators(KernelConfig(64, 128, 64, num_warps=8), DOWN) == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "gemm", "target", "message"),
+    [
+        (KernelConfig(128, 128, 128, num_warps=8), GATE_UP, RTX,
+         "needs 295936 B of shared memory, sm_89 has 101376 B"),
+        (KernelConfig(16, 16, 16, num_warps=32), DOWN, MI300,
+         "32 warps of 64 lanes exceed 1024 threads"),
+        (KernelConfig(16, 16, 16, num_warps=64), DOWN, RTX,
+         "64 warps of 32 lanes exceed 1024 threads"),
+        (KernelConfig(128, 128, 16, num_stages=1, num_warps=4), GATE_UP, H200,
+         "needs 256 accumulator registers per lane, at most 200"),
+        (KernelConfig(16, 16, 16, descriptors=True), DOWN, RTX, "sm_89 has no tensor descriptors"),
+        (KernelConfig(16, 16, 16, descriptors=True), replace(DOWN, descriptors_possible=False),
+         H200, "strides or alignment do not suit a tensor descriptor"),
+    ],
+)  # fmt: skip
+def test_why_illegal(
+    config: KernelConfig, gemm: GroupedGemm, target: Target, message: str
+) -> None:
+    reason = why_illegal(config, gemm, target)
+    assert reason is not None and message in reason
+
+
+def test_legal() -> None:
+    assert why_illegal(KernelConfig(64, 128, 64, num_stages=4, descriptors=True), GATE_UP, H200) \
+        is None  # fmt: skip
+    assert why_illegal(KernelConfig(16, 16, 16, num_warps=16), DOWN, MI300) is None
+
+
+# ---------------------------------------------------------------- fit
+
+
+def test_fit_leaves_a_legal_config_alone() -> None:
+    config = KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True)
+    assert fit(config, DOWN, H200) == config
+
+
+def test_fit_drops_descriptors_first() -> None:
+    config = KernelConfig(16, 64, 64, descriptors=True)
+    assert fit(config, DOWN, RTX) == replace(config, descriptors=False)
+    plain = replace(DOWN, descriptors_possible=False)
+    assert fit(config, plain, H200) == replace(config, descriptors=False)
+
+
+def test_fit_takes_stages_then_depth_then_width() -> None:
+    wish = KernelConfig(64, 128, 128, 8, 8, 4)
+    # 99 KiB: two stages of (64 + 128) x 128 x 2 B are 96 KiB, plus the 1 KiB reserved.
+    assert fit(wish, DOWN, RTX) == replace(wish, num_stages=2)
+    # 64 KiB: the same with steps of 64.
+    assert fit(wish, DOWN, MI300) == replace(wish, num_stages=2, block_k=64)
+    # fp32 doubles it all.
+    fp32 = replace(DOWN, itemsize=4)
+    assert fit(wish, fp32, MI300) == replace(wish, num_stages=2, block_k=32)
+
+
+OVERSIZED = [
+    KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True),
+    KernelConfig(256, 256, 256, 8, 32, 8),
+    KernelConfig(16, 1024, 128, 8, 4, 6, swap_operands=True),
+    KernelConfig(1024, 16, 512, 8, 4, 6),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("gemm", [GATE_UP, DOWN, replace(GATE_UP, itemsize=4)])
+@pytest.mark.parametrize("wish", OVERSIZED, ids=range(len(OVERSIZED)))
+def test_fit_shrinks(wish: KernelConfig, gemm: GroupedGemm, arch: str) -> None:
+    target = Target.from_arch(arch)
+    assert target.shared_memory in (99 * KIB, 64 * KIB)
+    assert why_illegal(wish, gemm, target) is not None
+    config = fit(wish, gemm, target)
+    assert why_illegal(config, gemm, target) is None
+    assert shared_memory(config, gemm) <= target.shared_memory
+    for name in ("block_m", "block_n", "block_k", "num_stages", "num_warps"):
+        assert getattr(config, name) <= getattr(wish, name)
+
+
+def test_fit_gives_up_in_words() -> None:
+    nowhere = replace(RTX, shared_memory=1024)
+    with pytest.raises(ValueError, match=r"no legal configuration on sm_89 near KernelConfig\(.*B"):
+        fit(KernelConfig(64, 64, 64), DOWN, nowhere)
+
+
+# ---------------------------------------------------------------- choose
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("target", [*CATALOGUE.values(), CPU], ids=lambda t: t.arch)
+def test_choices_are_legal(target: Target, itemsize: int) -> None:
+    for name, shape in MODELS.items():
+        for shards in (1, 8):
+            for num_tokens in TOKENS:
+                for gated, descriptors in ((True, True), (False, False)):
+                    made = problem(
+                        num_tokens, shape.sharded(shards), itemsize, gated=gated,
+                        descriptors_possible=descriptors,
+                    )  # fmt: skip
+                    for gemm in made.gemms():
+                        config = choose(gemm, target)
+                        where = (name, shards, num_tokens, gated, config)
+                        assert why_illegal(config, gemm, target) is None, where
+
+
+@pytest.mark.parametrize("target", CATALOGUE.values(), ids=lambda t: t.arch)
+def test_choices_of_tiny_and_odd_shapes_are_legal(target: Target) -> None:
+    for num_tokens in TOKENS:
+        for shape in (MoEShape(1, 1, 1, 1), MoEShape(7, 2, 37, 19), MoEShape(1536, 8, 256, 128)):
+            for gemm in problem(num_tokens, shape, descriptors_possible=False).gemms():
+                config = choose(gemm, target)
+                assert why_illegal(config, gemm, target) is None
+                assert not config.descriptors
+
+
+def test_hopper_swaps_operands_for_few_tokens_only() -> None:
+    few, many = (choose(problem(t).gemms()[0], H200) for t in (8, 2048))
+    assert few.swap_operands and few.block_m == 16
+    assert not many.swap_operands and many.block_m == 128
+    assert few.descriptors and many.descriptors
+    # Three TF32 products do not run on warp groups: fp32 takes the portable path.
+    assert not choose(problem(8, itemsize=4).gemms()[0], H200).swap_operands
+
+
+def test_taller_tiles_for_more_tokens() -> None:
+    for target in CATALOGUE.values():
+        heights = [choose(problem(t).gemms()[1], target).block_m for t in TOKENS]
+        assert heights == sorted(heights) and heights[0] < heights[-1], target.arch
+
+
+@pytest.mark.parametrize("target", CATALOGUE.values(), ids=lambda t: t.arch)
+def test_stream_configs(target: Target) -> None:
+    for shape in MODELS.values():
+        for num_tokens in (1, 2):
+            for gemm in problem(num_tokens, shape).gemms():
+                config = choose_stream(gemm, target)
+                assert config.block_k <= next_power_of_two(gemm.k)
+                assert config.num_stages == (1 if target.backend == "hip" else 3)
+
+
+def test_next_power_of_two() -> None:
+    assert [next_power_of_two(v) for v in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_problem_describes_both_products() -> None:
+    gate_up, down = problem(33).gemms()
+    assert gate_up == GroupedGemm(264, 33, 128, 768, 2048, 2, 2, True, True)
+    assert down == GroupedGemm(264, 33, 128, 2048, 768, 1, 2, False, True)
+    assert problem(33, gated=False).gemms()[0].num_weights == 1
+
+
+@pytest.mark.parametrize("target", CATALOGUE.values(), ids=lambda t: t.arch)
+def test_paths(target: Target) -> None:
+    assert [schedule(problem(t), target).path for t in (1, 2, 3, 8192)] == [
+        "decode", "decode", "grouped", "grouped",
+    ]  # fmt: skip
+    assert schedule(problem(1, reduce=False), target).path == "grouped"
+    assert schedule(problem(1, top_k=33), target).path == "grouped"
+    assert schedule(problem(1, batch_invariant=True), target).path == "grouped"
+
+
+@pytest.mark.parametrize("target", CATALOGUE.values(), ids=lambda t: t.arch)
+def test_batch_invariant_schedules_ignore_the_batch(target: Target) -> None:
+    for shape in MODELS.values():
+        for itemsize in (2, 4):
+            one, *others = (
+                schedule(problem(t, shape, itemsize, batch_invariant=True), target) for t in TOKENS
+            )
+            assert all(other == one for other in others)
+    free = {schedule(problem(t), target) for t in TOKENS}
+    assert len(free) > 1
+
+
+def test_schedules_are_legal() -> None:
+    for target in CATALOGUE.values():
+        for shape in MODELS.values():
+            for num_tokens in TOKENS:
+                made = problem(num_tokens, shape)
+                chosen = schedule(made, target)
+                # A caller who passes the choice back is not refused.
+                assert given_schedule(chosen.to_json(), made, target) == chosen
+
+
+# ---------------------------------------------------------------- LayerConfig and given_schedule
+
+GROUPED = LayerConfig(
+    "grouped",
+    KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True),
+    KernelConfig(16, 64, 128, 1, 4, 3, swap_operands=True, persistent=True, occupancy=2),
+)
+DECODE = LayerConfig("decode", StreamConfig(4, 512, 4, 3), StreamConfig(8, 1024, 8))
+
+
+@pytest.mark.parametrize("config", [GROUPED, DECODE], ids=["grouped", "decode"])
+def test_layer_config_round_trip(config: LayerConfig) -> None:
+    again = LayerConfig.from_json(config.to_json())
+    assert again == config and type(again.gate_up) is type(config.gate_up)
+    assert again.to_json() == config.to_json()
+
+
+def test_layer_config_refuses() -> None:
+    with pytest.raises(ValueError, match=r"path='fast' must be one of \['decode', 'grouped'\]"):
+        LayerConfig("fast", GROUPED.gate_up, GROUPED.down)
+    with pytest.raises(ValueError, match="path='decode' takes a StreamConfig: gate_up"):
+        LayerConfig("decode", GROUPED.gate_up, DECODE.down)
+    with pytest.raises(ValueError, match="path='grouped' takes a KernelConfig: down"):
+        LayerConfig("grouped", GROUPED.gate_up, DECODE.down)
+
+
+def test_given_schedule_takes_what_can_run() -> None:
+    assert given_schedule(GROUPED.to_json(), problem(33), H200) == GROUPED
+    assert given_schedule(DECODE.to_json(), problem(1), H200) == DECODE
+
+
+def test_given_schedule_refuses_with_a_way_out() -> None:
+    large = KernelConfig(64, 128, 128, 8, 8, 4)
+    config = LayerConfig("grouped", KernelConfig(16, 64, 64), large)
+    with pytest.raises(ValueError) as caught:
+        given_schedule(config.to_json(), problem(33), RTX)
+    message = str(caught.value)
+    nearest = replace(large, num_stages=2)
+    assert message.startswith(f"config.down={large} cannot run: needs 197632 B of shared memory")
+    assert message.endswith(f"nearest legal: {nearest}")
+    retry = replace(config, down=nearest)
+    assert given_schedule(retry.to_json(), problem(33), RTX) == retry
+
+
+def test_given_schedule_names_the_product_and_the_machine() -> None:
+    message = "config.gate_up=.* cannot run: sm_89 has no tensor descriptors; nearest legal: "
+    with pytest.raises(ValueError, match=message):
+        given_schedule(GROUPED.to_json(), problem(33), RTX)
+
+
+def test_given_decode_needs_reduce() -> None:
+    with pytest.raises(ValueError, match="always reduces; use 'grouped' for reduce=False"):
+        given_schedule(DECODE.to_json(), problem(1, reduce=False), H200)
+
+
+# ---------------------------------------------------------------- targets
+
+
+def test_catalogue() -> None:
+    for arch, target in CATALOGUE.items():
+        assert Target.from_arch(arch) is target and target.arch == arch
+        assert target.capability == (int(arch[3:]) if arch.startswith("sm_") else 0)
+        assert target.backend == ("cuda" if arch.startswith("sm_") else "hip")
+        assert target.tensor_descriptors is (target.capability >= 90)
+        assert target.warpgroup_mma is (target.capability == 90)
+    with pytest.raises(ValueError, match="unknown architecture 'sm_35'; known: sm_80, .*gfx1201"):
+        Target.from_arch("sm_35")
+
+
+def test_probe_without_an_accelerator() -> None:
+    assert Target.probe("cpu") is CPU

@@ -1,0 +1,64 @@
+"""Tile bounds against every way to spread rows, and the catalogue of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tilewise import MODELS, MoEShape, moe_shape
+from tilewise.ragged import Ragged, max_tiles
+
+
+def spreads(rows: int, segments: int) -> Iterator[tuple[int, ...]]:
+    if segments == 1:
+        yield (rows,)
+        return
+    for first in range(rows + 1):
+        for rest in spreads(rows - first, segments - 1):
+            yield (first, *rest)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize("segments", [1, 2, 3, 4])
+def test_max_tiles_is_the_worst_case(segments: int, block: int) -> None:
+    for rows in range(10):
+        worst = max(sum(-(-n // block) for n in s) for s in spreads(rows, segments))
+        assert max_tiles(rows, segments, block) == worst, (rows, segments, block)
+
+
+def test_max_tiles_by_hand() -> None:
+    # 127 experts with one row each, and 4096 - 127 = 3969 rows in 63 tiles of 64.
+    assert max_tiles(4096, 128, 64) == 127 + 63
+    assert max_tiles(16, 128, 64) == 16
+    assert max_tiles(0, 128, 64) == 0
+
+
+def test_ragged_reports_its_bounds() -> None:
+    ints = torch.zeros(10, dtype=torch.int32)
+    ragged = Ragged(ints[:3], ints[:4], ints, ints)
+    assert (ragged.num_segments, ragged.max_rows) == (3, 10)
+    assert ragged.max_tiles(4) == 4  # Two single rows, and eight in two tiles.
+
+
+def test_moe_shape() -> None:
+    assert moe_shape("mixtral-8x7b") == MoEShape(8, 2, 4096, 14336)
+    assert moe_shape("mixtral-8x7b@tp8") == MoEShape(8, 2, 4096, 1792)
+    assert moe_shape("qwen3-30b-a3b").sharded(3) == MoEShape(128, 8, 2048, 256)
+    for name, shape in MODELS.items():
+        assert moe_shape(name) is shape
+        assert moe_shape(f"{name}@tp1") == shape
+
+
+def test_shapes_refuse() -> None:
+    with pytest.raises(ValueError, match="unknown model 'gpt-2'; known: mixtral-8x7b, .*kimi-k2"):
+        moe_shape("gpt-2")
+    with pytest.raises(ValueError, match="intermediate_size=14336 does not divide by 5"):
+        moe_shape("mixtral-8x7b@tp5")
+    with pytest.raises(ValueError, match="does not divide by 0"):
+        moe_shape("mixtral-8x7b@tp0")
+    with pytest.raises(ValueError, match="top_k=3 exceeds num_experts=2"):
+        MoEShape(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"every size must be at least 1, got MoEShape\(.*=0"):
+        MoEShape(8, 2, 0, 8)
