@@ -1,8 +1,8 @@
 """Times every candidate configuration of each kernel: the facts behind dispatch/select.py.
 
-`python -m bench.sweep --out results/h200_sweep.json` compiles the candidates in parallel and then times
-the two products, the decode kernels, plan, combine and route one by one, over rotating inputs as the
-benchmark does. It is a sweep of kernels, not a tuner: nothing reads its output but people.
+`python -m bench.sweep` compiles the candidates in parallel and then times the two products, the decode
+kernels, plan, combine and route one by one, over rotating inputs as the benchmark does. It is a sweep
+of kernels, not a tuner: nothing reads its output but people.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def sweep_shape(shape_name: str, tokens: Sequence[int], deadline: float) -> list
     gate, up = both[:, :inter], both[:, inter:]
     rows_out: list[dict[str, object]] = []
 
-    def add(num_tokens: int, routing: str, kernel: str, active: float, us: dict[str, float]) -> None:
+    def add(
+        num_tokens: int, routing: str, kernel: str, active: float, us: dict[str, float]
+    ) -> None:
         floor = protocol.floors_us(num_tokens, shape, active)[0]
         rows_out.append({"shape": shape_name, "T": num_tokens, "routing": routing,
                          "kernel": kernel, "floor_us": floor, "us": us})  # fmt: skip
@@ -204,16 +206,34 @@ def sweep_shape(shape_name: str, tokens: Sequence[int], deadline: float) -> list
                         ], 3.0)  # fmt: skip
                 add(num_tokens, routing, half, active, us)
         logits = torch.randn(num_tokens, experts, **bf16)
-        x, ids, weights, plan, _, rows, out = calls[0]
-        add(num_tokens, routing, "others", active, {
-            "plan": median_us([lambda: plan_into(plan, ids, experts, None)] * 4),
-            "combine": median_us(
-                [lambda: combine_into(out, rows, plan.scatter, weights, router_weight=True)] * 4),
-            "route": median_us([lambda: route_into(
-                torch.empty_like(weights), torch.empty_like(ids), logits, top_k, "softmax", True,
-                None, 0, 0, 1.0)] * 4),
-        })  # fmt: skip
+        add(num_tokens, routing, "others", active, time_others(calls[0], logits, experts))
     return rows_out
+
+
+def time_others(call: tuple, logits: torch.Tensor, experts: int) -> dict[str, float]:
+    """Microseconds of plan, combine and route on one input set."""
+    _, ids, weights, plan, _, rows, out = call
+    chosen, scores = torch.empty_like(ids), torch.empty_like(weights)
+    top_k = ids.shape[1]
+    return {
+        "plan": median_us([lambda: plan_into(plan, ids, experts, None)] * 4),
+        "combine": median_us(
+            [lambda: combine_into(out, rows, plan.scatter, weights, router_weight=True)] * 4
+        ),
+        "route": median_us(
+            [lambda: route_into(scores, chosen, logits, top_k, "softmax", True, None, 0, 0, 1.0)]
+            * 4
+        ),
+        "route_and_plan": median_us(
+            [
+                lambda: (
+                    route_into(scores, chosen, logits, top_k, "softmax", True, None, 0, 0, 1.0),
+                    plan_into(plan, chosen, experts, None),
+                )
+            ]
+            * 4
+        ),
+    }
 
 
 def main() -> None:

@@ -270,12 +270,21 @@ def test_paths(target: Target) -> None:
 def test_batch_invariant_schedules_ignore_the_batch(target: Target) -> None:
     for shape in MODELS.values():
         for itemsize in (2, 4):
+            # Where any tile gives the same bits, the batch may choose it; fp32 is not known to.
+            machine = replace(target, same_bits_any_tile=itemsize == 4)
             one, *others = (
-                schedule(problem(t, shape, itemsize, batch_invariant=True), target) for t in TOKENS
+                schedule(problem(t, shape, itemsize, batch_invariant=True), machine) for t in TOKENS
             )
             assert all(other == one for other in others)
-    free = {schedule(problem(t), target) for t in TOKENS}
-    assert len(free) > 1
+            assert one.path == "grouped"
+
+
+def test_other_schedules_follow_the_batch() -> None:
+    for target in CATALOGUE.values():
+        assert len({schedule(problem(t), target) for t in TOKENS}) > 2
+    same_bits = replace(H200, same_bits_any_tile=True)
+    chosen = {schedule(problem(t, batch_invariant=True), same_bits) for t in TOKENS}
+    assert len(chosen) > 2 and {c.path for c in chosen} == {"grouped"}
 
 
 def test_schedules_are_legal() -> None:
@@ -333,9 +342,11 @@ def test_given_schedule_refuses_with_a_way_out() -> None:
 
 
 def test_given_schedule_names_the_product_and_the_machine() -> None:
+    small = KernelConfig(16, 64, 64, descriptors=True)
+    config = LayerConfig("grouped", small, small)
     message = "config.gate_up=.* cannot run: sm_89 has no tensor descriptors; nearest legal: "
     with pytest.raises(ValueError, match=message):
-        given_schedule(GROUPED.to_json(), problem(33), RTX)
+        given_schedule(config.to_json(), problem(33), RTX)
 
 
 def test_given_decode_needs_reduce() -> None:

@@ -25,7 +25,7 @@ def decode_gate_up_into(
     apply_router_weight_on_input: bool,
     config: StreamConfig,
 ) -> None:
-    """Writes `act` [num_tokens * top_k, intermediate_size]; rows of skipped slots stay unwritten."""
+    """Writes `act` [num_tokens * top_k, intermediate_size], but for rows of skipped slots."""
     num_tokens, top_k = topk_ids.shape
     _, intermediate_size, hidden_size = up.shape
     g = up if gate is None else gate

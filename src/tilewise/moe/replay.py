@@ -1,9 +1,9 @@
 """Repeating a call's launches with other pointers, past most of Triton's launch overhead.
 
-A Triton launch of these kernels costs about 50 us of CPU time, nearly all of it spent finding out again
-which compiled kernel the same arguments mean. Everything that decides this (shapes, strides, dtypes,
-alignments, options, the weights' addresses) is in `forward.py`'s key: where that key was seen before, the
-recorded launches are repeated with the addresses that a call changes put in their places.
+A Triton launch of these kernels costs about 50 us of CPU time, nearly all of it spent finding out
+again which compiled kernel the same arguments mean. Everything that decides this (shapes, strides,
+dtypes, alignments, options, the weights' addresses) is in `forward.py`'s key: where that key was seen
+before, the recorded launches are repeated with the addresses that a call changes in their places.
 """
 
 from __future__ import annotations
