@@ -80,6 +80,8 @@ def install(python: Path, *arguments: str) -> bool:
     """Runs pip in the environment; True if it went well."""
     say("pip install " + " ".join(arguments))
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    # Python compiles what it imports; all of torch would take it half a minute here.
+    command += ["--no-compile"]
     command += [] if sys.stderr.isatty() else ["--quiet", "--quiet", "--progress-bar=off"]
     return subprocess.run([*command, *arguments], stdout=sys.stderr, cwd=ROOT).returncode == 0
 

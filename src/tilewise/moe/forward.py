@@ -108,7 +108,7 @@ def forward_into(
     )
 
 
-# (layer, number of tokens, options) -> its launches; a serving engine needs layers x captured batches.
+# (layer, number of tokens, options) -> its launches; an engine needs layers x captured batches.
 MAX_REPLAYS = 16384
 _REPLAYS: dict[tuple[Any, ...], tuple[replay.Replay, int]] = {}
 
@@ -131,8 +131,8 @@ def _call_key(
 ) -> tuple[Any, ...]:
     """Everything that decides a call's launches but the addresses that `Replay.run` takes.
 
-    Addresses of weights stand for themselves; of the others only the alignment matters, which Triton
-    specialises on.
+    Addresses of weights stand for themselves; of the others only the alignment matters, which
+    Triton specialises on.
     """
     return (
         x.shape, x.stride(), x.dtype, x.device.index, topk_ids.shape, topk_ids.stride(),
@@ -218,7 +218,8 @@ def _launch(
 def _check_workspace(workspace: torch.Tensor, size: int) -> None:
     if workspace.dtype is not torch.uint8 or not workspace.is_contiguous():
         raise ValueError(
-            f"workspace must be contiguous uint8, got {workspace.dtype} strides {workspace.stride()}"
+            f"workspace must be contiguous uint8, got {workspace.dtype}, "
+            f"strides {workspace.stride()}"
         )
     if workspace.numel() < size:
         raise ValueError(

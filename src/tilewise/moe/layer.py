@@ -141,6 +141,7 @@ def fused_experts(
     Raises:
         ValueError: shapes, dtypes or options that don't fit together, or a config this machine
             cannot run.
+        NotImplementedError: `out` under autograd; without it, the backward pass raises it.
     """
     check_experts_args(
         hidden_states,
@@ -178,32 +179,55 @@ def fused_experts(
         batch_invariant,
         "" if config is None else config.to_json(),
     )
+    wants_grad = _requires_grad(hidden_states, weights, topk_weights)
     if out is None:
         if workspace is not None:
             raise ValueError("workspace is given without out: pass out too, or neither")
-        if _plain_call(hidden_states, weights.up):
+        if _plain_call(hidden_states, wants_grad):
             return ops.fused_experts_accelerator(*args)
         result: torch.Tensor = torch.ops.tilewise.fused_experts(*args)
         return result
+    if wants_grad is not None:
+        raise NotImplementedError(
+            f"out is given, but {wants_grad} requires grad: writing to out cannot be differentiated. "
+            "Wrap the call in torch.no_grad() or torch.inference_mode()"
+        )
     shape = (hidden_states.shape[0], *(() if reduce else (topk_ids.shape[1],)), weights.hidden_size)
     if tuple(out.shape) != shape or out.dtype != hidden_states.dtype or out.stride(-1) != 1:
         raise ValueError(
             f"out must be {shape} {hidden_states.dtype} with unit last stride, got "
             f"{tuple(out.shape)} {out.dtype} strides {out.stride()}"
         )
-    if _plain_call(hidden_states, weights.up):
+    if _plain_call(hidden_states, wants_grad):
         return ops.fused_experts_accelerator(*args, out=out, workspace=workspace)
     torch.ops.tilewise.fused_experts_out(out, workspace, *args)
     return out
 
 
-def _plain_call(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _requires_grad(
+    hidden_states: torch.Tensor, weights: ExpertWeights, topk_weights: torch.Tensor
+) -> str | None:
+    """The name of an argument that autograd wants a gradient of; None in inference."""
+    if not torch.is_grad_enabled():
+        return None
+    if hidden_states.requires_grad:
+        return "hidden_states"
+    if topk_weights.requires_grad:
+        return "topk_weights"
+    for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+        tensor: torch.Tensor | None = getattr(weights, name)
+        if tensor is not None and tensor.requires_grad:
+            return name
+    return None
+
+
+def _plain_call(x: torch.Tensor, wants_grad: str | None) -> bool:
     """Whether nothing listens to the dispatcher: going past it saves 20 us of CPU time a call."""
     return (
         type(x) is torch.Tensor
         and x.is_cuda
+        and wants_grad is None
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
     )

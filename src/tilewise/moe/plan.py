@@ -10,7 +10,7 @@ from .launch import launch, next_power_of_two
 
 
 def _padded(size: int) -> int:
-    """Elements up to the next 16 bytes: parts are aligned whatever the sizes, so variants are few."""
+    """Elements up to the next 16 bytes: parts are aligned whatever the sizes are."""
     return -(-size // 4) * 4
 
 

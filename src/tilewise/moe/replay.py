@@ -2,8 +2,8 @@
 
 A Triton launch of these kernels costs about 50 us of CPU time, nearly all of it spent finding out
 again which compiled kernel the same arguments mean. Everything that decides this (shapes, strides,
-dtypes, alignments, options, the weights' addresses) is in `forward.py`'s key: where that key was seen
-before, the recorded launches are repeated with the addresses that a call changes in their places.
+dtypes, alignments, options, the weights' addresses) is in `forward.py`'s key: where that key was
+seen before, the recorded launches are repeated with the addresses that a call changes put in place.
 """
 
 from __future__ import annotations
