@@ -1,8 +1,8 @@
 """Times every candidate configuration of each kernel: the facts behind dispatch/select.py.
 
 `python -m bench.sweep` compiles the candidates in parallel and then times the two products, the
-decode kernels, plan, combine and route one by one, over rotating inputs as the benchmark does. It is
-a sweep of kernels, not a tuner: nothing reads its output but people.
+decode kernels, plan, combine and route one by one, over rotating inputs as the benchmark does. It
+is a sweep of kernels, not a tuner: nothing reads its output but people.
 """
 
 from __future__ import annotations

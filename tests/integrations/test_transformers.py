@@ -44,20 +44,24 @@ def _registered() -> None:
     integration._warned.clear()
 
 
-def tiny_config(**changes: Any) -> Any:
-    return transformers.Qwen3MoeConfig(
-        **{
-            "vocab_size": 97, "hidden_size": HIDDEN, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-            "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": INTER,
-            **changes,
-        }
-    )  # fmt: skip
+# Model -> what its config calls the number of experts and their size.
+MODELS = {
+    "Qwen3Moe": ("num_experts", "moe_intermediate_size"),
+    "Mixtral": ("num_local_experts", "intermediate_size"),
+    "Olmoe": ("num_experts", "intermediate_size"),
+}
 
 
-def tiny_model(device: str = "cpu", **changes: Any) -> Any:
+def tiny_model(device: str = "cpu", family: str = "Qwen3Moe") -> Any:
     torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM._from_config(tiny_config(**changes))
+    experts, inter = MODELS[family]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts_per_tok=TOP_K, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **{experts: EXPERTS, inter: INTER},
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config)
+    model.generation_config.eos_token_id = None
     return scaled(model).to(device).eval()
 
 
@@ -120,8 +124,11 @@ def test_registering_twice_changes_nothing() -> None:
     assert moe.ExpertsInterface._global_mapping["tilewise"] is integration.experts_forward
 
 
-def test_generates_the_same_tokens(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    model = tiny_model(device)
+@pytest.mark.parametrize("family", MODELS)
+def test_generates_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, device: str, family: str
+) -> None:
+    model = tiny_model(device, family)
     prompts = torch.randint(97, (2, 5), device=device)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     model.set_experts_implementation("eager")
@@ -133,6 +140,10 @@ def test_generates_the_same_tokens(monkeypatch: pytest.MonkeyPatch, device: str)
         actual = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
     assert actual.tolist() == expected.tolist()
     assert len(calls) == 8 * 2, "every step of every layer is ours"
+    with torch.no_grad():
+        ours = model(expected).logits
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(ours, model(expected).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_from_pretrained_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from tests.kernels.harness import DEVICE, INTERPRETED, run_layer
 from tilewise.dispatch.config import KernelConfig, StreamConfig
 from tilewise.moe.schedule import LayerConfig
 
-GROUPED = LayerConfig("grouped", KernelConfig(16, 32, 16, 2), KernelConfig(16, 16, 32, 1))
-DECODE = LayerConfig("decode", StreamConfig(8, 32), StreamConfig(16, 16, 4, 2))
+GROUPED = LayerConfig("grouped", KernelConfig(16, 32, 32, 2), KernelConfig(16, 64, 16, 1))
+DECODE = LayerConfig("decode", StreamConfig(32, 32), StreamConfig(32, 16, 4, 2))
 
 # Every field of a configuration that changes the kernel's text, on a case with awkward sizes.
 VARIANTS = {
@@ -39,18 +39,18 @@ def check(case: cases.Case, dtype: torch.dtype, config: LayerConfig | None, **ex
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 def test_chosen_configuration(case: cases.Case) -> None:
-    for dtype in (torch.bfloat16, torch.float32) if DEVICE == "cpu" else cases.DTYPES:
+    for dtype in (torch.bfloat16,) if DEVICE == "cpu" else cases.DTYPES:
         check(case, dtype, None)
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 def test_grouped_path(case: cases.Case) -> None:
-    check(case, torch.float16, GROUPED)
+    check(case, torch.float32, GROUPED)
 
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in cases.CASES if c.reduce and c.num_tokens * c.top_k <= 70],
+    [c for c in cases.CASES if c.reduce and c.num_tokens * c.top_k <= 40],
     ids=lambda c: c.name,
 )
 def test_decode_path(case: cases.Case) -> None:
@@ -58,9 +58,9 @@ def test_decode_path(case: cases.Case) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("sizes", [(48, 32), (40, 24), (72, 136)], ids=str)
+@pytest.mark.parametrize("sizes", [(48, 32), (40, 72)], ids=str)
 def test_variants(name: str, sizes: tuple[int, int]) -> None:
-    case = cases.Case("variant", 45, 5, 2, *sizes, bias=True, routing="zipf")
+    case = cases.Case("variant", 29, 5, 2, *sizes, bias=True, routing="zipf")
     config = VARIANTS[name]
     for dtype in (torch.bfloat16, torch.float32):
         check(case, dtype, LayerConfig("grouped", config, config))

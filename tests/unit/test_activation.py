@@ -59,9 +59,7 @@ def test_gated_kinds(kind: str) -> None:
 def test_ungated_kinds(kind: str) -> None:
     up = torch.tensor(VALUES)
     expected = torch.tensor([UNARY[kind](u) for u in VALUES])
-    torch.testing.assert_close(
-        Activation(kind).apply(None, up), expected, rtol=2e-6, atol=2e-6
-    )
+    torch.testing.assert_close(Activation(kind).apply(None, up), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_the_two_gelus_differ() -> None:

@@ -137,7 +137,7 @@ def test_expert_map_must_name_local_experts() -> None:
     mapping = torch.arange(E, dtype=torch.int32) + 1
     with pytest.raises(ValueError, match="names local expert 6, but there are 6"):
         tilewise.fused_experts(**arguments(expert_map=mapping))
-    with pytest.raises(ValueError, match="expert_map must map .*num_local_experts=6"):
+    with pytest.raises(ValueError, match=r"expert_map must map .*num_local_experts=6"):
         tilewise.moe.reference.fused_experts(**arguments(expert_map=mapping))
 
 

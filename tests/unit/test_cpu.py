@@ -21,7 +21,7 @@ from tests.cases import (
     options,
     route_options,
 )
-from tilewise.moe import reference
+from tilewise.moe import cpu, reference
 from tilewise.moe.activation import SWIGLU_OAI
 
 BY_NAME = {case.name: case for case in CASES}
@@ -51,6 +51,26 @@ def test_fused_experts(case: Case, dtype: torch.dtype) -> None:
 def test_batch_invariant_is_as_good(case: Case) -> None:
     inputs = make_inputs(case, torch.bfloat16)
     assert_close_to_reference(call(case, inputs, batch_invariant=True), case, inputs)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "name", ["tokens_63", "gpt_oss", "strided_input", "layout_strided", "relu2"]
+)
+def test_fp16(name: str, batch_invariant: bool) -> None:
+    case = BY_NAME.get(name) or BY_NAME[f"activation_{name}"]
+    inputs = make_inputs(case, torch.float16)
+    output = call(case, inputs, batch_invariant=batch_invariant)
+    assert_close_to_reference(output, case, inputs)
+
+
+def test_called_directly_checks_its_arguments() -> None:
+    case = BY_NAME["tokens_7"]
+    x, weights, topk_weights, ids, _ = vars(make_inputs(case, torch.float32)).values()
+    with pytest.raises(ValueError, match=r"out must be \(7, 48\), got \(1, 48\)"):
+        cpu.fused_experts(x, weights, topk_weights, ids, out=torch.empty(1, 48))
+    with pytest.raises(ValueError, match="they must be alike"):
+        cpu.fused_experts(x, weights, topk_weights[:1], ids)
 
 
 @pytest.mark.parametrize("name", ["all_sentinels", "map_none_here"])
@@ -166,7 +186,7 @@ def test_route(case: RouteCase, dtype: torch.dtype) -> None:
     assert ids.dtype is torch.int32 and weights.dtype is torch.float32
     assert weights.isfinite().all()
     if ids.numel():
-        assert 0 <= ids.min() and ids.max() < case.num_experts
+        assert ids.min() >= 0 and ids.max() < case.num_experts
         assert all(len(set(row)) == case.top_k for row in ids.tolist())
 
 

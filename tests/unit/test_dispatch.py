@@ -120,9 +120,7 @@ def test_accumulators_by_hand() -> None:
          H200, "strides or alignment do not suit a tensor descriptor"),
     ],
 )  # fmt: skip
-def test_why_illegal(
-    config: KernelConfig, gemm: GroupedGemm, target: Target, message: str
-) -> None:
+def test_why_illegal(config: KernelConfig, gemm: GroupedGemm, target: Target, message: str) -> None:
     reason = why_illegal(config, gemm, target)
     assert reason is not None and message in reason
 
@@ -364,7 +362,7 @@ def test_catalogue() -> None:
         assert target.backend == ("cuda" if arch.startswith("sm_") else "hip")
         assert target.tensor_descriptors is (target.capability >= 90)
         assert target.warpgroup_mma is (target.capability == 90)
-    with pytest.raises(ValueError, match="unknown architecture 'sm_35'; known: sm_80, .*gfx1201"):
+    with pytest.raises(ValueError, match=r"unknown architecture 'sm_35'; known: sm_80, .*gfx1201"):
         Target.from_arch("sm_35")
 
 

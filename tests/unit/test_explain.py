@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import tilewise
-from tilewise import MODELS, SWIGLU, Activation, LayerConfig, MoEShape, Target, explain
-from tilewise import workspace_size
+from tilewise import (
+    MODELS,
+    SWIGLU,
+    Activation,
+    LayerConfig,
+    MoEShape,
+    Target,
+    explain,
+    workspace_size,
+)
 from tilewise.dispatch.config import KernelConfig, StreamConfig
 from tilewise.moe.forward import forward_into
 from tilewise.moe.warmup import meta_weights
@@ -133,7 +141,8 @@ def test_workspace_grows_with_the_call(name: str, options: dict[str, Any]) -> No
 
 
 def test_workspace_by_hand() -> None:
-    # Plan: 4 + 8 + 8 + 8 ints in 112 B; activations: 6 x 32 x 2 B; rows: 6 x 64 x 2 B; all to 256 B.
+    # Plan: 4 + 8 + 8 + 8 ints in 112 B; activations: 6 x 32 x 2 B; rows: 6 x 64 x 2 B. All to
+    # the next 256 B.
     assert workspace_size(TINY, 3, target=H200) == 256 + 512 + 768
     assert workspace_size(TINY, 3, target=H200, dtype=torch.float32) == 256 + 768 + 1536
     assert workspace_size(TINY, 2, target=H200) == 256  # Decode: 4 x 32 x 2 B of activations.

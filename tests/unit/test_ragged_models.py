@@ -52,7 +52,7 @@ def test_moe_shape() -> None:
 
 
 def test_shapes_refuse() -> None:
-    with pytest.raises(ValueError, match="unknown model 'gpt-2'; known: mixtral-8x7b, .*kimi-k2"):
+    with pytest.raises(ValueError, match=r"unknown model 'gpt-2'; known: mixtral-8x7b, .*kimi-k2"):
         moe_shape("gpt-2")
     with pytest.raises(ValueError, match="intermediate_size=14336 does not divide by 5"):
         moe_shape("mixtral-8x7b@tp5")

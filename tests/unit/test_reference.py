@@ -1,4 +1,4 @@
-"""The specification against other people's routers and experts, plain Python, and hand-made examples."""
+"""The specification against transformers, plain Python, and examples done by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from tests.cases import (
     ROUTE_CASES,
     Case,
     RouteCase,
+    assert_close_to_reference,
+    local_experts,
     make_inputs,
     make_logits,
     options,
     plain_torch_experts,
+    poisoned_empty,
     route_options,
 )
 from tilewise import ExpertWeights
@@ -45,10 +48,7 @@ def python_route(
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
-    if case.scoring_func == "sigmoid":
-        scores = [sigmoid(x) for x in logits]
-    else:
-        scores = softmax(logits)
+    scores = [sigmoid(x) for x in logits] if case.scoring_func == "sigmoid" else softmax(logits)
     choice = logits
     if bias is not None:
         pairs = zip(scores, bias, nan, strict=True)
@@ -127,9 +127,7 @@ def test_route_sigmoid_by_hand() -> None:
     weights, ids = reference.route(logits, 5, scoring_func="sigmoid", renormalize=False)
     assert ids.tolist() == [[4, 1, 0, 2, 3]]
     assert weights[0].tolist() == pytest.approx([1.0, 0.75, 0.5, 0.0, 0.0], abs=1e-6)
-    weights, _ = reference.route(
-        logits, 3, scoring_func="sigmoid", routed_scaling_factor=2.25
-    )
+    weights, _ = reference.route(logits, 3, scoring_func="sigmoid", routed_scaling_factor=2.25)
     assert weights[0].tolist() == pytest.approx([1.0, 0.75, 0.5], abs=1e-6)
 
 
@@ -150,6 +148,19 @@ def test_bias_chooses_but_does_not_weigh() -> None:
     assert weights.tolist() == [[0.5, 0.5]]
 
 
+def test_an_infinite_bias_forces_or_forbids() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, NAN]])
+    bias = torch.tensor([INF, 0.0, -INF, 0.0])
+    options = {"scoring_func": "sigmoid", "e_score_correction_bias": bias}
+    weights, ids = reference.route(logits, 2, **options)
+    assert ids.tolist() == [[0, 1]] and weights.isfinite().all()
+    # In a group beside NaN it makes no group of NaN, which would rank first.
+    bias = torch.tensor([0.0, 0.0, INF, 0.0])
+    options = {"scoring_func": "sigmoid", "num_expert_group": 2, "topk_group": 1}
+    weights, ids = reference.route(logits, 2, e_score_correction_bias=bias, **options)
+    assert ids.tolist() == [[1, 0]] and weights.isfinite().all()
+
+
 def test_groups_by_best_expert_or_two_best_with_a_bias() -> None:
     # Group 0 has the best expert, group 1 the best pair.
     logits = torch.tensor([[3.0, -3.0, 2.0, 2.0]])
@@ -163,7 +174,7 @@ def test_the_worst_expert_of_an_open_group_beats_any_of_a_closed_one() -> None:
     logits = torch.tensor([[5.0, -60.0, 4.0, 3.0]])
     options = {"num_expert_group": 2, "topk_group": 1}
     assert reference.route(logits, 2, **options)[1].tolist() == [[0, 1]]
-    # 9.99 - 8 against 0.98 + 0.95: the first group wins, with an expert that scores below all others.
+    # 9.99 - 8 against 0.98 + 0.95: the first group wins, worst expert and all.
     bias = torch.tensor([9.0, -8.0, 0.0, 0.0])
     ids = reference.route(
         logits, 2, scoring_func="sigmoid", e_score_correction_bias=bias, **options
@@ -340,9 +351,7 @@ def test_fused_experts_by_hand() -> None:
     topk_weights = torch.tensor([[0.5, 0.25], [2.0, 3.0]])
     one, two = 1 / (1 + math.exp(-1)), 2 / (1 + math.exp(-2))
     slots = [[[0.5, one], [0.0, 0.25 * (4 - one)]], [[0.0, 2 * (4 - two)], [0.0, 0.0]]]
-    actual = reference.fused_experts(
-        x, weights, topk_weights, ids, activation=SILU, reduce=False
-    )
+    actual = reference.fused_experts(x, weights, topk_weights, ids, activation=SILU, reduce=False)
     torch.testing.assert_close(actual, torch.tensor(slots))
     reduced = reference.fused_experts(x, weights, topk_weights, ids, activation=SILU)
     torch.testing.assert_close(reduced, torch.tensor(slots).sum(1))
@@ -390,3 +399,70 @@ def test_fused_experts_against_batched_torch(case: Case) -> None:
         expert_map=inputs.expert_map, **options(case),
     )  # fmt: skip
     torch.testing.assert_close(actual, plain_torch_experts(case, inputs), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------- what the comparison itself catches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_comparison_fails_where_it_should(dtype: torch.dtype) -> None:
+    case = Case("comparison", num_tokens=129, routing="sentinels")
+    inputs = make_inputs(case, dtype)
+    good = plain_torch_experts(case, inputs)
+    assert_close_to_reference(good, case, inputs)
+    skipped = int((local_experts(inputs) < 0).all(1).nonzero()[0])
+    largest = int(good.abs().argmax())
+    spoiled = {
+        "nan": (0, torch.nan), "inf": (0, torch.inf), "one element": (largest, 0.0),
+        "a leak": (skipped * case.hidden_size, 1e-30),
+    }  # fmt: skip
+    for what, (index, value) in spoiled.items():
+        bad = good.clone()
+        bad.view(-1)[index] = value
+        with pytest.raises(AssertionError):
+            assert_close_to_reference(bad, case, inputs)
+            pytest.fail(f"{what} went unnoticed")
+    with pytest.raises(AssertionError):
+        assert_close_to_reference(good.double(), case, inputs)
+
+
+@pytest.mark.parametrize("field", ["gate", "up", "down", "gate_bias", "up_bias", "down_bias"])
+def test_comparison_sees_every_tensor(field: str) -> None:
+    case = Case("tensors", bias=True)
+    inputs = make_inputs(case, torch.bfloat16)
+    output = plain_torch_experts(case, inputs)
+    tensor = getattr(inputs.weights, field)
+    tensor.copy_(tensor.roll(1, -1))
+    with pytest.raises(AssertionError):
+        assert_close_to_reference(output, case, inputs)
+
+
+def test_skipped_inputs_hold_nan() -> None:
+    for case in CASES:
+        inputs = make_inputs(case, torch.float32)
+        skipped = local_experts(inputs) < 0
+        assert torch.equal(inputs.topk_weights.isnan(), skipped & case.nan_where_skipped)
+        if case.nan_where_skipped:
+            assert skipped.any() and not skipped.all()
+        else:
+            assert inputs.hidden_states.isfinite().all()
+
+
+def test_fresh_memory_is_poisoned() -> None:
+    before = torch.empty
+    with poisoned_empty():
+        floats = [
+            torch.empty(3, 5, dtype=torch.float16), torch.empty_like(torch.ones(2)),
+            torch.ones(2).new_empty((2,)), torch.empty_strided((2, 3), (7, 2)),
+            torch.empty(4).new_empty_strided((2,), (2,)),
+        ]  # fmt: skip
+        assert all(t.isnan().all() for t in floats)
+        assert torch.empty(3, dtype=torch.int32).gt(2**30).all()
+        assert torch.empty(3, dtype=torch.int64).gt(2**62).all()
+        # Scratch memory: whatever is carved from it must be seen, and never read as "skip".
+        scratch = torch.empty(64, dtype=torch.uint8)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert scratch.view(dtype).isnan().all()
+        assert scratch.view(torch.int32).gt(2**30).all()
+        assert torch.empty(0, 4).shape == (0, 4)
+    assert torch.empty is before

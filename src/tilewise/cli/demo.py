@@ -73,7 +73,9 @@ def demo(
         failed |= not _half_precision(console, model, runs["eager"], prompts, tokens)
     if failed:
         raise typer.Exit(1)
-    console.print("[green]Every token is the same with Tilewise as with the model's own code.")
+    console.print(
+        "[green]In fp32, every token is the same with Tilewise as with the model's own code."
+    )
 
 
 def build_model(device: str, seed: int = 0) -> Any:

@@ -35,16 +35,18 @@ _ACTIVATIONS = {
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _warned: set[tuple[type, str]] = set()
+# transformers.integrations.moe, from `register` on: torch.compile cannot trace its import.
+_moe: Any = None
 
 
 def register() -> None:
     """Makes the name "tilewise" known to transformers. Calling it again changes nothing."""
-    from transformers.integrations.moe import ExpertsInterface
+    global _moe
+    from transformers.integrations import finegrained_fp8, moe
 
-    ExpertsInterface.register(NAME, experts_forward)
+    _moe = moe
+    moe.ExpertsInterface.register(NAME, experts_forward)
     # Models in fp8 look in a registry of their own; they are sent on to their own code.
-    from transformers.integrations import finegrained_fp8
-
     fp8 = getattr(finegrained_fp8, "FP8ExpertsInterface", None)
     if fp8 is not None:
         fp8.register(NAME, experts_forward)
@@ -98,11 +100,9 @@ def _unsupported(
     experts: Any, tensors: dict[str, Any], x: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[str, Activation | None]:
     """Why Tilewise leaves this call to the model ("" if it doesn't), and the activation."""
-    from transformers.integrations import moe
-
     gated = getattr(experts, "has_gate", True)
     gate = getattr(experts, "_apply_gate", None)
-    if gated and getattr(gate, "__func__", gate) is not moe._default_apply_gate:
+    if gated and getattr(gate, "__func__", gate) is not _moe._default_apply_gate:
         return "it gates with a function of its own", None
     if gated and not getattr(experts, "is_concatenated", True):
         return "its gate and up rows are interleaved", None
@@ -134,10 +134,8 @@ def _unsupported(
 
 def _own_forward(experts: Any) -> Any:
     """The forward that the class was written with, below transformers' dispatching one."""
-    from transformers.integrations import moe
-
     forward = type(experts).forward
-    while getattr(forward, "__globals__", None) is moe.__dict__:
+    while getattr(forward, "__globals__", None) is _moe.__dict__:
         forward = forward.__wrapped__
     return forward
 

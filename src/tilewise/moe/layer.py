@@ -189,7 +189,7 @@ def fused_experts(
         return result
     if wants_grad is not None:
         raise NotImplementedError(
-            f"out is given, but {wants_grad} requires grad: writing to out cannot be differentiated. "
+            f"out is given, but {wants_grad} requires grad: writing to out has no derivative. "
             "Wrap the call in torch.no_grad() or torch.inference_mode()"
         )
     shape = (hidden_states.shape[0], *(() if reduce else (topk_ids.shape[1],)), weights.hidden_size)
