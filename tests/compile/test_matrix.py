@@ -143,7 +143,7 @@ def test_decode(arch: str, dtype: str) -> None:
                 **dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "gate_bias_ptr", "up_bias_ptr",
                                  "act_ptr"), pointer),
                 "ids_ptr": "*i32", "map_ptr": "*i32!", "row_weights_ptr": "*fp32",
-                **dict.fromkeys(("num_experts", "N", "K", "top_k"), "i32"),
+                **dict.fromkeys(("num_experts", "num_local_experts", "N", "K", "top_k"), "i32"),
                 "stride_xm": "i32!", "stride_xk": 1, "stride_ge": "i32!", "stride_gn": "i32!",
                 "stride_gk": 1, "stride_ue": "i32!", "stride_un": "i32!", "stride_uk": 1,
                 "stride_gbe": "i32", "stride_gbn": 1, "stride_ube": "i32", "stride_ubn": 1,
@@ -162,7 +162,7 @@ def test_decode(arch: str, dtype: str) -> None:
             {
                 **dict.fromkeys(("act_ptr", "down_ptr", "bias_ptr", "out_ptr"), pointer),
                 "ids_ptr": "*i32", "map_ptr": "*i32!", "row_weights_ptr": "*fp32",
-                **dict.fromkeys(("num_experts", "N", "K", "top_k"), "i32"),
+                **dict.fromkeys(("num_experts", "num_local_experts", "N", "K", "top_k"), "i32"),
                 "stride_de": "i32!", "stride_dn": "i32!", "stride_dk": 1, "stride_be": "i32",
                 "stride_bn": 1, "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32",
                 "stride_rk": 1, "stride_om": "i32!", "HAS_MAP": tokens == 2, "BIAS": True,

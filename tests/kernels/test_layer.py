@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,3 +120,15 @@ def test_out_rows_may_be_strided() -> None:
     out = run_layer(case, inputs, GROUPED, out=wide[:, : case.hidden_size])
     cases.assert_close_to_reference(out, case, inputs)
     assert (wide[:, case.hidden_size :] == 3.0).all()
+
+
+def test_map_past_the_last_expert_is_skipped() -> None:
+    """A wrong expert_map must not read past the weights."""
+    case = cases.Case("bad_map", 6, 7, 2)
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    good = torch.arange(7, dtype=torch.int32, device=DEVICE)
+    bad = good.clone()
+    good[3], bad[3] = -1, 7
+    for config in (GROUPED, DECODE):
+        expected = run_layer(case, replace(inputs, expert_map=good), config)
+        assert torch.equal(run_layer(case, replace(inputs, expert_map=bad), config), expected)

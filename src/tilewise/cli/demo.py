@@ -228,7 +228,7 @@ def _half_precision(
     console.print(
         f"After the same text, {int(decided.sum())} of {decided.numel()} tokens are chosen by a "
         f"larger margin than bf16 may round away: with Tilewise, fp32's choice in each of them.\n"
-        f"Of the others, {int(wrong.sum())} differ, and generated texts part for good there."
+        f"Of the others, {int(wrong.sum())} differ; generated texts part for good where one does."
     )
     return True
 

@@ -3,13 +3,18 @@
     tilewise.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tilewise")
 
-or, for a model that is already there, `use_tilewise(model)`.
+or, for a model that is already there and for Llama 4, `use_tilewise(model)`. What Tilewise cannot
+compute exactly runs the model's own code, with one warning that says why; `status` lists it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import math
 import warnings
-from types import FunctionType
+from collections.abc import Iterator
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +37,10 @@ _ACTIVATIONS = {
     "transformers.activations.NewGELUActivation": (GEGLU_TANH, GELU_TANH),
     "transformers.activations.ReLUSquaredActivation": (None, RELU2),
 }
+# What gates of a model's own call the numbers they take; they may read these and `act_fn`.
+_GATE_NUMBERS = ("alpha", "swiglu_alpha", "limit", "swiglu_limit")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LLAMA4 = "transformers.models.llama4.modeling_llama4"
 
 _warned: set[tuple[type, str]] = set()
 # transformers.integrations.moe, from `register` on: torch.compile cannot trace its import.
@@ -53,10 +61,38 @@ def register() -> None:
 
 
 def use_tilewise(model: Model) -> Model:
-    """Switches a loaded model's experts to Tilewise; returns the model."""
+    """Switches a loaded model's experts to Tilewise; returns the model.
+
+    Llama 4's experts cannot be switched by name: their block is given another forward, for good.
+    """
     register()
+    for _, block in _layers(model):
+        if _is_llama4(block):
+            _switch_llama4(block)
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     return model
+
+
+def status(model: nn.Module) -> dict[str, str]:
+    """Name of each experts module -> "tilewise", or why it runs its own code in inference."""
+    register()
+    found = {}
+    with torch.no_grad():
+        for name, layer in _layers(model):
+            if _is_llama4(layer):
+                on = layer.forward if "_old_forward" not in vars(layer) else layer._old_forward
+                used = getattr(on, "__func__", None) is _llama4_forward
+                x = layer.router.weight[:0]
+                reason = _unsupported_llama4(layer, x)[0]
+                name = f"{name}.experts".lstrip(".")
+            else:
+                used = getattr(layer.config, "_experts_implementation", None) == NAME
+                tensors = _tensors(layer)
+                # A call's inputs come in the dtype of its weights.
+                x = torch.empty(0, dtype=getattr(tensors["down"], "dtype", None))
+                reason = _unsupported(layer, tensors, x, x)[0]
+            found[name] = reason or ("tilewise" if used else "it is not switched on")
+    return found
 
 
 def experts_forward(
@@ -78,58 +114,153 @@ def experts_forward(
     Returns:
         [num_tokens, hidden_size], dtype of `hidden_states`.
     """
-    # Read at every call: adapters replace these attributes.
-    gated = getattr(self, "has_gate", True)
-    name = "gate_up" if gated else "up"
-    names = {"up": f"{name}_proj", "down": "down_proj"}
-    if getattr(self, "has_bias", False):
-        names |= {f"{name}_bias": f"{name}_proj_bias", "down_bias": "down_proj_bias"}
-    tensors: dict[str, Any] = {key: getattr(self, name, None) for key, name in names.items()}
+    tensors = _tensors(self)
     reason, activation = _unsupported(self, tensors, hidden_states, top_k_weights)
     if activation is None:
         _warn(type(self), reason)
         output: torch.Tensor = _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
         return output
-    make = ExpertWeights.from_gate_up if gated else ExpertWeights.from_ungated
-    transposed = getattr(self, "is_transposed", False)
-    weights = make(tensors.pop("up"), tensors.pop("down"), transposed=transposed, **tensors)
+    weights = _weights(self, tensors)
     return fused_experts(hidden_states, weights, top_k_weights, top_k_index, activation=activation)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Experts modules that transformers dispatches, and Llama 4's blocks, with their names."""
+    for name, module in model.named_modules():
+        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
+            yield name, module
+        elif _is_llama4(module):
+            yield name, module
+
+
+def _tensors(experts: Any) -> dict[str, Any]:
+    """The weights by their role, None where they are missing."""
+    # Read at every call: adapters replace these attributes.
+    name = "gate_up" if getattr(experts, "has_gate", True) else "up"
+    names = {"up": f"{name}_proj", "down": "down_proj"}
+    if getattr(experts, "has_bias", False):
+        names |= {f"{name}_bias": f"{name}_proj_bias", "down_bias": "down_proj_bias"}
+    return {key: getattr(experts, name, None) for key, name in names.items()}
+
+
+def _weights(experts: Any, tensors: dict[str, Any]) -> ExpertWeights:
+    options = {key: tensor for key, tensor in tensors.items() if key.endswith("bias")}
+    options["transposed"] = getattr(experts, "is_transposed", False)
+    if not getattr(experts, "has_gate", True):
+        return ExpertWeights.from_ungated(tensors["up"], tensors["down"], **options)
+    layout = "gate_up" if getattr(experts, "is_concatenated", True) else "interleaved"
+    return ExpertWeights.from_gate_up(tensors["up"], tensors["down"], layout=layout, **options)
 
 
 def _unsupported(
     experts: Any, tensors: dict[str, Any], x: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[str, Activation | None]:
     """Why Tilewise leaves this call to the model ("" if it doesn't), and the activation."""
-    gated = getattr(experts, "has_gate", True)
-    gate = getattr(experts, "_apply_gate", None)
-    if gated and getattr(gate, "__func__", gate) is not _moe._default_apply_gate:
-        return "it gates with a function of its own", None
-    if gated and not getattr(experts, "is_concatenated", True):
-        return "its gate and up rows are interleaved", None
+    reason, activation = _activation_of(experts)
+    if activation is None:
+        return reason, None
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises each expert's output", None
+    reason = _unsupported_tensors(tensors, experts.num_experts, x, top_k_weights)
+    return reason, None if reason else activation
+
+
+def _unsupported_tensors(
+    tensors: dict[str, Any], num_experts: int, x: torch.Tensor, *others: torch.Tensor
+) -> str:
+    for name, tensor in tensors.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            return f"its weights are {type(tensor).__name__}"
+        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
+            return f"its weights are {tensor.dtype} and its inputs {x.dtype}"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"its weights are on {tensor.device.type}"
+        dim = 2 if name.endswith("bias") else 3
+        if tensor.dim() != dim or tensor.shape[0] != num_experts:
+            return f"its weights are {list(tensor.shape)} for {num_experts} experts"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast chooses the dtypes"
+    inputs = (x, *others, *tensors.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return "gradients are wanted; for inference use torch.no_grad()"
+    return ""
+
+
+def _activation_of(experts: Any) -> tuple[str, Activation | None]:
+    """Why the activation is none of ours ("" if it is), and which it is."""
     act_fn = getattr(experts, "act_fn", None)
     named = act_fn if isinstance(act_fn, FunctionType) else type(act_fn)
     kind = f"{named.__module__}.{named.__qualname__}"
+    gated = getattr(experts, "has_gate", True)
+    gate = getattr(experts, "_apply_gate", None)
+    function = getattr(gate, "__func__", gate)
+    concatenated = getattr(experts, "is_concatenated", True)
+    if gated and function is not _moe._default_apply_gate:
+        activation = None
+        # A function put on the instance may be anything; a method is called as the model calls it.
+        if isinstance(gate, MethodType) and gate.__self__ is experts:
+            values = [getattr(experts, name, None) for name in _GATE_NUMBERS]
+            numbers = tuple(float(v) if type(v) in (int, float) else None for v in values)
+            activation = _recognise(function, kind, numbers, concatenated)
+        return ("" if activation else "it gates with a function of its own"), activation
+    if gated and not concatenated:
+        return "its gate and up rows are interleaved, its gate takes halves", None
     activation = _ACTIVATIONS.get(kind, (None, None))[0 if gated else 1]
-    if activation is None:
-        return f"its activation is {kind}", None
-    if getattr(experts, "has_post_expert_norm", False):
-        return "it normalises each expert's output", None
-    for name, tensor in tensors.items():
-        if type(tensor) not in (torch.Tensor, nn.Parameter):
-            return f"its weights are {type(tensor).__name__}", None
-        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
-            return f"its weights are {tensor.dtype} and its inputs {x.dtype}", None
-        if tensor.device.type not in ("cpu", "cuda"):
-            return f"its weights are on {tensor.device.type}", None
-        dim = 2 if name.endswith("bias") else 3
-        if tensor.dim() != dim or tensor.shape[0] != experts.num_experts:
-            return f"its weights are {list(tensor.shape)} for {experts.num_experts} experts", None
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast chooses the dtypes", None
-    inputs = (x, top_k_weights, *tensors.values())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return "gradients are wanted; for inference use torch.no_grad()", None
-    return "", activation
+    return ("" if activation else f"its activation is {kind}"), activation
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recognise(
+    function: Any, kind: str, numbers: tuple[float | None, ...], concatenated: bool
+) -> Activation | None:
+    """The activation that a gate of a model's own computes, None if we have none like it."""
+    return _probe(function, kind, numbers, concatenated)
+
+
+@functools.cache
+def _probe(
+    function: Any, kind: str, numbers: tuple[float | None, ...], concatenated: bool
+) -> Activation | None:
+    """Runs the gate on values around every bend, away from its module, and compares.
+
+    The stand-in for the module has the numbers and the activation, nothing else: a gate that reads
+    more fails here, so that whatever is recognised depends on the arguments of this function only.
+    """
+    alphas = sorted({1.0, *(n for n in numbers[:2] if n is not None and math.isfinite(n))})
+    limits = sorted({n for n in numbers[2:] if n is not None and math.isfinite(n) and n > 0})
+    known = {name: n for name, n in zip(_GATE_NUMBERS, numbers, strict=True) if n is not None}
+    stand_in = SimpleNamespace(**known)
+    kinds = ["swiglu"]
+    own = _ACTIVATIONS.get(kind, (None, None))[0]
+    if own is not None:
+        module, _, name = kind.rpartition(".")
+        act_fn = getattr(importlib.import_module(module), name)
+        stand_in.act_fn = act_fn if isinstance(act_fn, FunctionType) else act_fn()
+        if own.kind not in kinds:
+            kinds.append(own.kind)
+    with torch.no_grad(), torch.device("cpu"):
+        values = torch.linspace(-12.0, 12.0, 97, dtype=torch.float32)
+        bends = [n * scale for n in limits for scale in (-1.5, -1.01, -0.99, 0.99, 1.01, 1.5)]
+        values = torch.cat([values, torch.tensor([*bends, -300.0, 1e-4, 300.0])])
+        gate = values[:, None].expand(-1, len(values)).contiguous()
+        up = gate.mT.contiguous()
+        pair = (gate, up)
+        rows = torch.cat(pair, -1) if concatenated else torch.stack(pair, -1).flatten(1)
+        try:
+            actual = function(stand_in, rows)
+        except Exception:
+            return None
+        if not isinstance(actual, torch.Tensor) or actual.shape != gate.shape:
+            return None
+        for limit in (None, *limits):
+            for name in kinds:
+                for alpha in alphas if name == "swiglu" else [1.0]:
+                    for beta in (0.0, 1.0):
+                        activation = Activation(name, alpha, beta, limit)
+                        expected = activation.apply(gate, up)
+                        if torch.allclose(actual.float(), expected, rtol=1e-5, atol=1e-6):
+                            return activation
+    return None
 
 
 def _own_forward(experts: Any) -> Any:
@@ -145,3 +276,80 @@ def _warn(experts_class: type, reason: str) -> None:
         _warned.add((experts_class, reason))
         message = f"{experts_class.__name__} runs its own code instead of Tilewise: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _is_llama4(module: Any) -> bool:
+    return type(module).__module__ == _LLAMA4 and type(module).__qualname__ == "Llama4TextMoe"
+
+
+def _switch_llama4(block: Any) -> None:
+    """Gives a Llama 4 block our forward, below a wrapper that accelerate may have put around it."""
+    slot = "_old_forward" if "_old_forward" in vars(block) else "forward"
+    current = getattr(getattr(block, slot), "__func__", None)
+    if current is not type(block).forward and current is not _llama4_forward:
+        _warn(type(block), "its forward has been replaced")
+    elif not _llama4_agrees(type(block)):
+        _warn(type(block), "its code is not the one that Tilewise knows")
+    else:
+        setattr(block, slot, MethodType(_llama4_forward, block))
+
+
+def _llama4_forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama 4's block: routed experts, their inputs scaled by the router, and a shared expert.
+
+    The block's own code runs every expert on every token, scaled by 0 unless chosen.
+    """
+    x = hidden_states.reshape(-1, self.hidden_dim)
+    reason, activation = _unsupported_llama4(self, x)
+    if activation is None:
+        _warn(type(self), reason)
+        output: tuple[torch.Tensor, torch.Tensor] = type(self).forward(self, hidden_states)
+        return output
+    router_scores, router_logits = self.router(x)
+    topk_weights, topk_ids = router_scores.topk(self.top_k, dim=1)
+    weights = ExpertWeights.from_gate_up(
+        self.experts.gate_up_proj, self.experts.down_proj, transposed=True
+    )
+    routed = fused_experts(
+        x, weights, topk_weights, topk_ids, activation=activation, apply_router_weight_on_input=True
+    )
+    return self.shared_expert(x) + routed, router_logits
+
+
+def _unsupported_llama4(block: Any, x: torch.Tensor) -> tuple[str, Activation | None]:
+    experts, router = block.experts, block.router
+    for module, name in ((experts, "Llama4TextExperts"), (router, "Llama4Router")):
+        if type(module).__module__ != _LLAMA4 or type(module).__qualname__ != name:
+            return f"its {name} is a {type(module).__name__}", None
+    if experts._forward_hooks or experts._forward_pre_hooks:
+        return "its experts have hooks, which would not run", None
+    kind = f"{type(experts.act_fn).__module__}.{type(experts.act_fn).__qualname__}"
+    activation = _ACTIVATIONS.get(kind, (None, None))[0]
+    if activation is None:
+        return f"its activation is {kind}", None
+    tensors = {"up": experts.gate_up_proj, "down": experts.down_proj}
+    reason = _unsupported_tensors(tensors, block.num_experts, x, router.weight)
+    if not reason and experts.down_proj.shape[1] != experts.intermediate_size:
+        reason = "its weights are split between devices"
+    return reason, None if reason else activation
+
+
+@functools.cache
+def _llama4_agrees(block_class: Any) -> bool:
+    """Whether the installed block computes what `_llama4_forward` does, on a tiny one."""
+    host = importlib.import_module("transformers")
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        try:
+            config = host.Llama4TextConfig(
+                hidden_size=16, intermediate_size=8, num_local_experts=4, num_experts_per_tok=2
+            )
+            block = block_class(config).float()
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            x = torch.randn(2, 5, 16, dtype=torch.float32)
+            if _unsupported_llama4(block, x)[0]:
+                return False
+            pairs = zip(_llama4_forward(block, x), block(x), strict=True)
+            return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+        except Exception:
+            return False

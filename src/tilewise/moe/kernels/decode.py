@@ -14,16 +14,23 @@ from .activation import activate
 
 
 @triton.jit
-def one_expert(ids_ptr, map_ptr, token, slot, num_experts, stride_t, stride_k, HAS_MAP: tl.constexpr):  # fmt: skip
+def one_expert(
+    ids_ptr, map_ptr, token, slot, num_experts, num_local_experts, stride_t, stride_k,
+    HAS_MAP: tl.constexpr,
+):  # fmt: skip
     """Local expert of one assignment, -1 where it is to be skipped."""
     expert = tl.load(ids_ptr + token * stride_t + slot * stride_k)
     valid = (expert >= 0) & (expert < num_experts)
     if HAS_MAP:
         expert = tl.load(map_ptr + expert, mask=valid, other=-1)
+        # A map that names an expert this device lacks must not reach past its weights.
+        valid = valid & (expert < num_local_experts)
     return tl.where(valid, expert, -1).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_experts", "top_k", "stride_it", "stride_rt"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"]
+)
 def decode_gate_up_kernel(
     x_ptr,  # [num_tokens, K]
     gate_ptr,  # [num_local_experts, N, K] by three strides; `up_ptr` again if not GATED
@@ -34,7 +41,7 @@ def decode_gate_up_kernel(
     ids_ptr,  # int [num_tokens, top_k]
     map_ptr,  # int [num_experts]
     row_weights_ptr,  # [num_tokens, top_k]
-    num_experts, N, K, top_k,
+    num_experts, num_local_experts, N, K, top_k,
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_it, stride_ik, stride_rt, stride_rk,
     HAS_MAP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
@@ -44,7 +51,10 @@ def decode_gate_up_kernel(
     assignment = tl.program_id(1).to(tl.int64)
     token = assignment // top_k
     slot = assignment % top_k
-    expert = one_expert(ids_ptr, map_ptr, token, slot, num_experts, stride_it, stride_ik, HAS_MAP)
+    expert = one_expert(
+        ids_ptr, map_ptr, token, slot, num_experts, num_local_experts, stride_it, stride_ik,
+        HAS_MAP,
+    )  # fmt: skip
     if expert >= 0:
         offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         offs_k = tl.arange(0, BLOCK_K)
@@ -91,7 +101,9 @@ def decode_gate_up_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["num_experts", "top_k", "stride_it", "stride_rt"])
+@triton.jit(
+    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"]
+)
 def decode_down_kernel(
     act_ptr,  # [num_tokens * top_k, K]
     down_ptr,  # [num_local_experts, N, K] by three strides
@@ -100,7 +112,7 @@ def decode_down_kernel(
     ids_ptr,  # int [num_tokens, top_k]
     map_ptr,  # int [num_experts]
     row_weights_ptr,  # [num_tokens, top_k]
-    num_experts, N, K, top_k,
+    num_experts, num_local_experts, N, K, top_k,
     stride_de, stride_dn, stride_dk, stride_be, stride_bn,
     stride_it, stride_ik, stride_rt, stride_rk, stride_om,
     HAS_MAP: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
@@ -119,8 +131,9 @@ def decode_down_kernel(
         slot = step // steps
         first_k = (step % steps) * BLOCK_K
         expert = one_expert(
-            ids_ptr, map_ptr, token, slot, num_experts, stride_it, stride_ik, HAS_MAP
-        )
+            ids_ptr, map_ptr, token, slot, num_experts, num_local_experts, stride_it, stride_ik,
+            HAS_MAP,
+        )  # fmt: skip
         keep = expert >= 0
         weight = 1.0
         if ROW_WEIGHTS:

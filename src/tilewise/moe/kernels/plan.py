@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def local_expert(
-    ids_ptr, map_ptr, offs, mask, num_experts, top_k, stride_t, stride_k,
+    ids_ptr, map_ptr, offs, mask, num_experts, num_local_experts, top_k, stride_t, stride_k,
     HAS_MAP: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """Local expert of each assignment, -1 where it is to be skipped."""
@@ -23,6 +23,8 @@ def local_expert(
     valid = (ids >= 0) & (ids < num_experts)
     if HAS_MAP:
         local = tl.load(map_ptr + ids, mask=valid, other=-1).to(tl.int32)
+        # A map that names an expert this device lacks must not reach past its weights.
+        local = tl.where(local < num_local_experts, local, -1)
     else:
         local = tl.where(valid, ids, -1).to(tl.int32)
     return local
@@ -57,8 +59,8 @@ def plan_kernel(
     for start in tl.range(0, num_assignments, BLOCK, loop_unroll_factor=4):
         offs = start + lane
         local = local_expert(
-            ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, top_k,
-            stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+            ids_ptr, map_ptr, offs, offs < num_assignments, num_experts,
+            num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
         )  # fmt: skip
         below += ((local >= 0) & (local < expert)).to(tl.int32)
         equal += (local == expert).to(tl.int32)
@@ -73,16 +75,16 @@ def plan_kernel(
     if (size > 0) | (expert == 0):
         row = offset
         local = local_expert(
-            ids_ptr, map_ptr, lane, lane < num_assignments, num_experts, top_k,
-            stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+            ids_ptr, map_ptr, lane, lane < num_assignments, num_experts,
+            num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
         )  # fmt: skip
         for start in tl.range(0, num_assignments, BLOCK):
             offs = start + lane
             # The next step's ids are fetched before this step's stores, which would order them.
             following = offs + BLOCK
             upcoming = local_expert(
-                ids_ptr, map_ptr, following, following < num_assignments, num_experts, top_k,
-                stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+                ids_ptr, map_ptr, following, following < num_assignments, num_experts,
+                num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
             )  # fmt: skip
             mine = local == expert
             ones = mine.to(tl.int32)

@@ -1,0 +1,97 @@
+"""Writes the README's speed section from the committed results: `python -m bench.readme`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
+NAMES = {
+    "tilewise": "**Tilewise**",
+    "vllm": "vLLM, tuned files",
+    "vllm_dflt": "vLLM, default",
+    "triton_kernels": "triton_kernels",
+    "torch_gmm": "torch grouped_mm",
+    "sonic": "sonic-moe, default tile",
+}
+
+
+def geomean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def ratio(row: dict[str, Any], peer: str) -> float | None:
+    """Time over floor of one peer in one cell; None where it has no time."""
+    us = row["peers"].get(peer, {}).get("us")
+    return None if us is None else us / row["floor_us"]
+
+
+def section(layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, Any]) -> str:
+    """Markdown between the markers."""
+    rows = layer["rows"]
+    tokens = sorted({row["T"] for row in rows})
+    meta = layer["meta"]
+    lines = [
+        f"One {meta['hardware']}, bf16, {len(rows)} cells: eight layers x token counts x three "
+        "routings. Time over the floor, the larger of",
+        "compulsory bytes over copy bandwidth and FLOPs over the matrix rate; geometric means, "
+        "smaller is better, 1 is the floor.",
+        "",
+        "| tokens | " + " | ".join(str(t) for t in tokens) + " | all |",
+        "|---" * (len(tokens) + 2) + "|",
+    ]
+    for peer, title in NAMES.items():
+        cells = []
+        for group in [*([t] for t in tokens), tokens]:
+            found = [r for row in rows if row["T"] in group and (r := ratio(row, peer)) is not None]
+            cells.append(f"{geomean(found):.2f}" if found else "")
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lost = []
+    for row in rows:
+        others = [p["us"] for name, p in row["peers"].items() if name in NAMES
+                  and name != "tilewise" and "us" in p]  # fmt: skip
+        lost.append((min(others) / row["peers"]["tilewise"]["us"], row["T"]))
+    slower = [(s, t) for s, t in lost if s < 1]
+    large = sum(1 for _, t in slower if t >= 2048)
+    costs = sorted(float(v["us"]) for v in _host_values(host, "tilewise"))
+    vllm = sorted(float(v["us"]) for v in _host_values(host, "vllm"))
+    lines += [
+        "",
+        f"**Where we lose:** some peer is faster in {len(slower)} of {len(rows)} cells, "
+        f"{large} of them at 2048 tokens and more, by up to {1 / min(s for s, _ in lost) - 1:.0%}.",
+        "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`.",
+        f"CPU time of a call: {costs[0]:.0f} to {costs[-1]:.0f} µs, vLLM's {vllm[0]:.0f} to "
+        f"{vllm[-1]:.0f} µs (`python -m bench.host_cost`). `batch_invariant=True` costs "
+        f"{invariant['meta']['batch_invariant_over_default']['all'] - 1:.0%} over all cells, "
+        f"{invariant['meta']['batch_invariant_over_default']['1'] - 1:.0%} at one token "
+        "(`python -m bench.batch_invariant`).",
+        f"Measured at commit {meta['commit']} with torch {meta['torch']}, Triton {meta['triton']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _host_values(host: dict[str, Any], peer: str) -> list[dict[str, float]]:
+    return [{"us": row["peers"][peer]["host_us"]} for row in host["rows"] if peer in row["peers"]]
+
+
+def updated(readme: str) -> str:
+    """`readme` with the section written anew."""
+    layer, host, invariant = (
+        json.loads((RESULTS / f"h200_{name}.json").read_text())
+        for name in ("bf16_moe", "host_cost", "batch_invariant")
+    )
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{section(layer, host, invariant)}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text()))
