@@ -48,15 +48,18 @@ def grouped_arguments(
 ) -> dict[str, Any]:
     problem = gemm(shape, 8, stage, dtype)
     pointer, gated = f"*{dtype}!", stage == "gate_up"
-    weight, rows = pointer, pointer
+    weight, first, rows = pointer, pointer, pointer
+    # Gate and up of one tensor come by one descriptor; split tensors ("odd" here) by two.
+    pair = gated and cfg.descriptors and shape != "odd"
     # Triton learns at run time which sizes divide by 16 and vectorises loads by it.
     size = "i32" if shape == "odd" else "i32!"
     if cfg.descriptors:
         weight = f"tensordesc<{dtype}[1, {cfg.block_n}, {cfg.block_k}]>"
+        first = f"tensordesc<{dtype}[1, 2, {cfg.block_n}, {cfg.block_k}]>" if pair else weight
         if not gated:
             rows = f"tensordesc<{dtype}[{cfg.block_m}, {cfg.block_k}]>"
     return {
-        "x_ptr": rows, "gate": weight, "up": weight, "gate_bias_ptr": pointer,
+        "x_ptr": rows, "gate": first, "up": weight, "gate_bias_ptr": pointer,
         "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
         "gather_ptr": "*i32", "row_weights_ptr": "*fp32!",
         "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
@@ -70,7 +73,7 @@ def grouped_arguments(
         "EVEN_K": problem.k % cfg.block_k == 0, "EVEN_N": problem.n % cfg.block_n == 0,
         "SAME_STRIDES": True,
         "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
-        "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent, "UPCAST": False,
+        "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent, "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
     }  # fmt: skip

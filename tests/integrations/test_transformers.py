@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import inspect
 import re
 import warnings
@@ -20,10 +19,12 @@ transformers = pytest.importorskip("transformers", minversion="5.10")
 from transformers.integrations import moe  # noqa: E402
 
 from tilewise.integrations import transformers as integration  # noqa: E402
+from tilewise.moe.activation import Activation  # noqa: E402
 
 EXPERTS, TOP_K, HIDDEN, INTER = 6, 3, 40, 24
 
-# Usual classes, and what others lack: a function as activation, no gate, gates of their own.
+# Usual classes, and what others lack: a function as activation, no gate, gates of their own. Their
+# limits are set to clamp a third of what they get.
 # Whether Tilewise runs them.
 CLASSES = {
     "qwen3_moe.Qwen3MoeExperts": True,
@@ -33,8 +34,14 @@ CLASSES = {
     "gemma4.Gemma4TextExperts": True,
     "lfm2_moe.Lfm2MoeExperts": True,
     "nemotron_h.NemotronHExperts": True,
-    "gpt_oss.GptOssExperts": False,
-    "deepseek_v4.DeepseekV4Experts": False,
+    "gpt_oss.GptOssExperts": True,
+    "deepseek_v4.DeepseekV4Experts": True,
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": True,
+    "minimax_m3_vl.MiniMaxM3VLExperts": True,
+    "hy_v4.HYV4Experts": True,
+    "glm5_next.Glm5NextTextExperts": True,
+    "beam.BeamExperts": True,
+    "step3p7.Step3p7Experts": False,
 }
 
 
@@ -175,11 +182,14 @@ def test_known_activations(monkeypatch: pytest.MonkeyPatch, act: str, tokens: in
 def test_classes_agree_with_their_own_code(
     monkeypatch: pytest.MonkeyPatch, name: str, act: str
 ) -> None:
-    family, class_name = name.split(".")
-    found = importlib.util.find_spec(f"transformers.models.{family}.modeling_{family}")
-    if found is None or f"class {class_name}(" not in Path(str(found.origin)).read_text():
+    folder, class_name = name.split(".")
+    source = Path(transformers.__file__).parent / "models" / folder / f"modeling_{folder}.py"
+    if not source.exists() or f"class {class_name}(" not in source.read_text():
         pytest.skip(f"this transformers has no {name}")
     experts = make_experts(name, act=act)
+    for number in ("limit", "swiglu_limit"):
+        if hasattr(experts, number):
+            setattr(experts, number, 0.5)
     calls = runs_tilewise(monkeypatch)
     args = inputs()
     with warnings.catch_warnings():
@@ -200,15 +210,19 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
 
 
-def decorated(**options: Any) -> Any:
+def gpt_oss_gate(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    gate, up = rows[..., ::2].clamp(max=self.limit), rows[..., 1::2].clamp(-self.limit, self.limit)
+    return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
+def decorated(gate: Any = None, **options: Any) -> Any:
     """A class with sizes and tensors of every layout the decorator can describe."""
     gated, transposed = options.get("has_gate", True), options.get("is_transposed", False)
 
-    @moe.use_experts_implementation(**options)
     class Experts(torch.nn.Module):
         def __init__(self, config: Any) -> None:
             super().__init__()
-            self.num_experts = EXPERTS
+            self.num_experts, self.alpha, self.limit = EXPERTS, 1.25, 0.75
             self.act_fn = transformers.activations.ACT2FN["silu" if gated else "relu2"]
             rows = 2 * INTER if gated else INTER
             up, down = torch.randn(EXPERTS, rows, HIDDEN), torch.randn(EXPERTS, HIDDEN, INTER)
@@ -223,25 +237,78 @@ def decorated(**options: Any) -> Any:
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             return moe.batched_mm_experts_forward(self, *args)
 
-    return Experts(SimpleNamespace(_experts_implementation=integration.NAME))
+    if gate is not None:
+        Experts._apply_gate = gate  # type: ignore[attr-defined]
+    made = moe.use_experts_implementation(**options)(Experts)
+    return made(SimpleNamespace(_experts_implementation=integration.NAME))
 
 
-@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("rows", ["concatenated", "interleaved", "ungated"])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("is_transposed", [True, False])
 def test_layouts(
-    monkeypatch: pytest.MonkeyPatch, has_gate: bool, has_bias: bool, is_transposed: bool
+    monkeypatch: pytest.MonkeyPatch, rows: str, has_bias: bool, is_transposed: bool
 ) -> None:
-    experts = decorated(has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed)
+    experts = decorated(
+        gate=gpt_oss_gate if rows == "interleaved" else None,
+        has_gate=rows != "ungated",
+        is_concatenated=rows != "interleaved",
+        has_bias=has_bias,
+        is_transposed=is_transposed,
+    )
     calls = runs_tilewise(monkeypatch)
     args = inputs()
     torch.testing.assert_close(experts(*args), own_code(experts, *args), rtol=1e-4, atol=1e-5)
     assert calls
 
 
-def test_ids_of_other_devices_are_skipped() -> None:
+def test_gates_are_recognised_by_what_they_compute() -> None:
+    def activation(gate: Any, **options: Any) -> Any:
+        experts = decorated(gate=gate, **{"is_concatenated": False} | options)
+        return integration._activation_of(experts)[1]
+
+    oai = Activation("swiglu", alpha=1.25, beta=1.0, limit=0.75)
+    assert activation(gpt_oss_gate) == oai
+    assert activation(gpt_oss_gate, is_concatenated=True) is None
+
+    def halves(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return gpt_oss_gate(self, torch.stack(rows.chunk(2, dim=-1), -1).flatten(-2))
+
+    assert activation(halves, is_concatenated=True) == oai
+    assert activation(halves) is None
+
+    def act_fn(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(rows[..., ::2]) * rows[..., 1::2]
+
+    assert activation(act_fn) == Activation("swiglu")
+
+    def off_by_little(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return gpt_oss_gate(self, rows) * 1.001
+
+    def clamps_after(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(rows[..., ::2]).clamp(max=self.limit) * rows[..., 1::2]
+
+    def reads_more(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return gpt_oss_gate(self, rows) * (2.0 if self.training else 1.0)
+
+    for gate in (off_by_little, clamps_after, reads_more):
+        assert activation(gate) is None, gate
+
+
+def test_numbers_of_a_gate_are_read_at_call_time() -> None:
+    experts = decorated(gate=gpt_oss_gate, is_concatenated=False)
+    args = inputs()
+    for experts.alpha, experts.limit in ((1.25, 0.75), (2.0, 0.75), (2, 3)):
+        torch.testing.assert_close(experts(*args), own_code(experts, *args), rtol=1e-4, atol=1e-5)
+    experts.limit = torch.tensor(0.5)  # Reading it on the host might wait for a device.
+    with pytest.warns(RuntimeWarning, match="gates with a function of its own"):
+        assert torch.equal(experts(*args), own_code(experts, *args))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"])
+def test_ids_of_other_devices_are_skipped(name: str) -> None:
     """Under expert parallelism, ids >= num_experts are elsewhere, whatever their weights say."""
-    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    experts = make_experts(name)
     x, ids, scores = inputs()
     elsewhere = torch.rand(ids.shape) < 0.5
     elsewhere[0] = True
@@ -363,12 +430,100 @@ def test_fp8_experts_run_their_own_code() -> None:
     assert function is integration.experts_forward
 
 
-def test_compiles_without_graph_breaks() -> None:
-    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+@pytest.mark.parametrize("name", ["qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"])
+def test_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    integration._probe.cache_clear()
+    experts = make_experts(name)
     args = inputs()
+    monkeypatch.setattr(integration, "_warn", None)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(*args), own_code(experts, *args))
+
+
+def llama4_block() -> Any:
+    config = transformers.Llama4TextConfig(
+        hidden_size=HIDDEN, intermediate_size=INTER, num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )  # fmt: skip
+    module = importlib.import_module("transformers.models.llama4.modeling_llama4")
+    return scaled(module.Llama4TextMoe(config)).requires_grad_(False)
+
+
+def check_llama4(
+    monkeypatch: pytest.MonkeyPatch, block: Any, expected_calls: int, change: Any = None
+) -> None:
+    x = torch.randn(2, 3, HIDDEN)
+    expected = block(x)
+    integration._switch_llama4(block)
+    if change is not None:
+        change(block)
+    calls = runs_tilewise(monkeypatch)
+    for ours, theirs in zip(block(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(calls) == expected_calls
+
+
+def test_llama4_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = llama4_block()
+    check_llama4(monkeypatch, block, 1)
+    check_llama4(monkeypatch, copy.deepcopy(block), 1)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, HIDDEN)
+    torch.testing.assert_close(compiled(x)[0], type(block).forward(block, x)[0])
+    assert integration.status(block) == {"experts": "tilewise"}
+
+
+def test_llama4_block_that_accelerate_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = llama4_block()
+    block._old_forward = block.forward
+    block.forward = lambda x: block._old_forward(x)
+    check_llama4(monkeypatch, block, 1)
+    assert integration.status(block) == {"experts": "tilewise"}
+
+
+def test_llama4_blocks_that_run_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hook(block: Any) -> None:
+        block.experts.register_forward_hook(lambda *_: None)
+
+    def gradients(block: Any) -> None:
+        block.router.weight.requires_grad_()
+
+    def activation(block: Any) -> None:
+        class Renamed(torch.nn.SiLU):
+            pass
+
+        block.experts.act_fn = Renamed()
+
+    for change, reason in ((hook, "hooks"), (gradients, "no_grad"), (activation, "Renamed")):
+        with pytest.warns(RuntimeWarning, match=reason):
+            check_llama4(monkeypatch, llama4_block(), 0, change)
+
+    replaced = llama4_block()
+    replaced.forward = lambda x: type(replaced).forward(replaced, x)
+    with pytest.warns(RuntimeWarning, match="replaced"):
+        check_llama4(monkeypatch, replaced, 0)
+
+    integration._llama4_agrees.cache_clear()
+    other = llama4_block()
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="not the one"):
+        original = type(other).forward
+        patch.setattr(
+            type(other), "forward", lambda self, x: (2 * original(self, x)[0], original(self, x)[1])
+        )
+        check_llama4(monkeypatch, other, 0)
+    integration._llama4_agrees.cache_clear()
+
+
+def test_status_says_what_runs_and_why_not() -> None:
+    model = tiny_model()
+    names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert integration.status(model) == dict.fromkeys(names, "it is not switched on")
+    integration.use_tilewise(model)
+    assert integration.status(model) == dict.fromkeys(names, "tilewise")
+    unknown_activation(model.get_submodule(names[1]))
+    found = integration.status(model)
+    assert found[names[0]] == "tilewise" and "Mish" in found[names[1]]
 
 
 def test_host_still_has_what_we_rely_on() -> None:

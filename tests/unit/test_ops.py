@@ -27,6 +27,15 @@ def _seeded_and_poisoned() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer than products as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def experts_args(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     x = make_inputs(case, dtype)
     w, a = x.weights, case.activation

@@ -66,8 +66,8 @@ def use_tilewise(model: Model) -> Model:
     Llama 4's experts cannot be switched by name: their block is given another forward, for good.
     """
     register()
-    for _, block in _layers(model):
-        if _is_llama4(block):
+    for _, block in experts_layers(model):
+        if is_llama4(block):
             _switch_llama4(block)
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     return model
@@ -78,8 +78,8 @@ def status(model: nn.Module) -> dict[str, str]:
     register()
     found = {}
     with torch.no_grad():
-        for name, layer in _layers(model):
-            if _is_llama4(layer):
+        for name, layer in experts_layers(model):
+            if is_llama4(layer):
                 on = layer.forward if "_old_forward" not in vars(layer) else layer._old_forward
                 used = getattr(on, "__func__", None) is _llama4_forward
                 x = layer.router.weight[:0]
@@ -124,12 +124,11 @@ def experts_forward(
     return fused_experts(hidden_states, weights, top_k_weights, top_k_index, activation=activation)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def experts_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Experts modules that transformers dispatches, and Llama 4's blocks, with their names."""
     for name, module in model.named_modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate"):
-            yield name, module
-        elif _is_llama4(module):
+        dispatched = hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
+        if dispatched or is_llama4(module):
             yield name, module
 
 
@@ -199,7 +198,7 @@ def _activation_of(experts: Any) -> tuple[str, Activation | None]:
         activation = None
         # A function put on the instance may be anything; a method is called as the model calls it.
         if isinstance(gate, MethodType) and gate.__self__ is experts:
-            values = [getattr(experts, name, None) for name in _GATE_NUMBERS]
+            values: list[Any] = [getattr(experts, name, None) for name in _GATE_NUMBERS]
             numbers = tuple(float(v) if type(v) in (int, float) else None for v in values)
             activation = _recognise(function, kind, numbers, concatenated)
         return ("" if activation else "it gates with a function of its own"), activation
@@ -278,7 +277,7 @@ def _warn(experts_class: type, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _is_llama4(module: Any) -> bool:
+def is_llama4(module: Any) -> bool:
     return type(module).__module__ == _LLAMA4 and type(module).__qualname__ == "Llama4TextMoe"
 
 
@@ -288,7 +287,7 @@ def _switch_llama4(block: Any) -> None:
     current = getattr(getattr(block, slot), "__func__", None)
     if current is not type(block).forward and current is not _llama4_forward:
         _warn(type(block), "its forward has been replaced")
-    elif not _llama4_agrees(type(block)):
+    elif not _llama4_agrees(block.__class__):
         _warn(type(block), "its code is not the one that Tilewise knows")
     else:
         setattr(block, slot, MethodType(_llama4_forward, block))

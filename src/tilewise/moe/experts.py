@@ -24,6 +24,33 @@ def suits_descriptor(tensor: torch.Tensor) -> bool:
     return k == 1 and (n * size) % 16 == 0 and (e * size) % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
+def pair_distance(gate: torch.Tensor, up: torch.Tensor) -> int:
+    """Elements from a gate row to its up row if one descriptor can hold both, else 0.
+
+    Halves in either order and interleaved rows can: the same storage and strides, a distance of a
+    multiple of 16 bytes.
+    """
+    if gate.stride() != up.stride() or (
+        gate.untyped_storage()._cdata != up.untyped_storage()._cdata
+    ):
+        return 0
+    distance = up.storage_offset() - gate.storage_offset()
+    return 0 if (distance * up.element_size()) % 16 else distance
+
+
+def _pair_argument(
+    gate: torch.Tensor, up: torch.Tensor, distance: int, config: KernelConfig
+) -> TensorDescriptor:
+    experts, n, k = up.shape
+    stride_e, stride_n, _ = up.stride()
+    return TensorDescriptor(
+        gate if distance > 0 else up,
+        [experts, 2, n, k],
+        [stride_e, abs(distance), stride_n, 1],
+        [1, 2, config.block_n, config.block_k],
+    )
+
+
 def _weight_argument(weight: torch.Tensor, config: KernelConfig) -> Any:
     if not config.descriptors:
         return weight
@@ -68,6 +95,7 @@ def grouped_gemm_into(
     # A descriptor clips at the array's end only, so in-order rows may run into the next segment:
     # harmless.
     x_descriptor = config.descriptors and not gathered and suits_rows(x)
+    distance = pair_distance(g, up) if gated and config.descriptors else 0
     bias = up_bias is not None
     ub = up if up_bias is None else up_bias
     gb = ub if gate_bias is None else gate_bias
@@ -78,7 +106,7 @@ def grouped_gemm_into(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, config.block_k])
         if x_descriptor
         else x,
-        _weight_argument(g, config),
+        _pair_argument(g, up, distance, config) if distance else _weight_argument(g, config),
         _weight_argument(up, config),
         gb,
         ub,
@@ -113,6 +141,8 @@ def grouped_gemm_into(
         SAME_STRIDES=g.stride()[1:] == up.stride()[1:],
         DESCRIPTORS=config.descriptors,
         X_DESCRIPTOR=x_descriptor,
+        PAIR=distance != 0,
+        UP_FIRST=distance < 0,
         SWAP=config.swap_operands,
         PERSISTENT=config.persistent,
         UPCAST=upcast_dot(x.dtype),

@@ -53,6 +53,26 @@ def load_weights(
 
 
 @triton.jit
+def load_pair(
+    pair, segment, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """A gate tile above an up tile, [2 * BLOCK_N, BLOCK_K], by one descriptor load."""
+    return pair.load([segment, 0, n0, k0]).reshape(2 * BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def split_pair(acc, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The accumulator of a pair -> both halves, [BLOCK_M, BLOCK_N] each. Stays in registers."""
+    if SWAP:
+        first, second = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
+        first = first.T
+        second = second.T
+    else:
+        first, second = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+    return first, second
+
+
+@triton.jit
 def multiply(x, w, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """acc += x @ w.T; with SWAP the accumulator is transposed, [BLOCK_N, BLOCK_M]."""
     if UPCAST:  # The interpreter multiplies bf16 as integers.
@@ -76,7 +96,8 @@ def grouped_tile(
     GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, SWAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
+    UP_FIRST: tl.constexpr, SWAP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -123,10 +144,11 @@ def grouped_tile(
             if not SAME_STRIDES:
                 g_offsets = n_local[:, None] * stride_gn + offs_k[None, :] * stride_gk
 
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if PAIR else BLOCK_N
     if SWAP:
-        acc_u = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        acc_u = tl.zeros([COLUMNS, BLOCK_M], dtype=tl.float32)
     else:
-        acc_u = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        acc_u = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
     # Two products, two accumulators: sharing one miscompiles on Blackwell (triton#10821).
     acc_g = acc_u
 
@@ -138,17 +160,21 @@ def grouped_tile(
             x = tl.load(x_ptrs)
         else:
             x = tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
-        if GATED:
+        if PAIR:
+            w = load_pair(gate, segment, n0, k, BLOCK_N, BLOCK_K)
+            acc_u = multiply(x, w, acc_u, SWAP, UPCAST, PRECISION)
+        elif GATED:
             g = load_weights(
                 gate, g_base, g_offsets, k_mask, segment, n0, k,
                 DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc_g = multiply(x, g, acc_g, SWAP, UPCAST, PRECISION)
-        u = load_weights(
-            up, u_base, u_offsets, k_mask, segment, n0, k,
-            DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        acc_u = multiply(x, u, acc_u, SWAP, UPCAST, PRECISION)
+        if not PAIR:
+            u = load_weights(
+                up, u_base, u_offsets, k_mask, segment, n0, k,
+                DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            acc_u = multiply(x, u, acc_u, SWAP, UPCAST, PRECISION)
         if not X_DESCRIPTOR:
             x_ptrs += BLOCK_K * stride_xk
         if not DESCRIPTORS:
@@ -156,7 +182,11 @@ def grouped_tile(
             if GATED:
                 g_base += BLOCK_K * stride_gk
 
-    if SWAP:
+    if PAIR:
+        acc_g, acc_u = split_pair(acc_u, SWAP, BLOCK_M, BLOCK_N)
+        if UP_FIRST:
+            acc_g, acc_u = acc_u, acc_g
+    elif SWAP:
         acc_u = acc_u.T
         acc_g = acc_g.T
     if ROW_WEIGHTS:
@@ -188,7 +218,8 @@ def grouped_tile(
 @triton.jit(do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"])
 def grouped_gemm_kernel(
     x_ptr,  # [num_tokens, K] gathered, or [num_rows, K] in order; a descriptor if X_DESCRIPTOR
-    gate,  # [num_segments, N, K] by three strides, or a descriptor; `up` again if not GATED
+    gate,  # [num_segments, N, K] by three strides, or a descriptor; `up` again if not GATED; a
+    # descriptor of both, [num_segments, 2, N, K], if PAIR
     up,  # [num_segments, N, K] likewise
     gate_bias_ptr,  # [num_segments, N]
     up_bias_ptr,  # [num_segments, N]
@@ -204,7 +235,8 @@ def grouped_gemm_kernel(
     GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, SWAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
+    UP_FIRST: tl.constexpr, SWAP: tl.constexpr,
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -223,7 +255,7 @@ def grouped_gemm_kernel(
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, SWAP, UPCAST, PRECISION,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, UPCAST, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_STAGES,
             )  # fmt: skip
     else:
@@ -239,6 +271,6 @@ def grouped_gemm_kernel(
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, SWAP, UPCAST, PRECISION,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, UPCAST, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_STAGES,
             )  # fmt: skip
