@@ -28,7 +28,7 @@ from tilewise.moe.activation import SWIGLU
 from tilewise.moe.combine import combine_into
 from tilewise.moe.decode import decode_down_into, decode_gate_up_into
 from tilewise.moe.experts import grouped_gemm_into
-from tilewise.moe.plan import carve_plan, plan_into, plan_ints
+from tilewise.moe.plan import carve_counts, carve_plan, plan_into, plan_ints
 from tilewise.moe.route import route_into
 from tilewise.target import Target
 
@@ -175,9 +175,10 @@ def sweep_shape(shape_name: str, tokens: Sequence[int], deadline: float) -> list
         for x, ids, weights in sets:
             ints = torch.empty(plan_ints(n, experts), dtype=torch.int32, device="cuda")
             plan = carve_plan(ints, n, experts)
-            plan_into(plan, ids, experts, None)
+            counts = carve_counts(ints, n, experts)
+            plan_into(plan, counts, ids, experts, None)
             act, rows = torch.randn(n, inter, **bf16), torch.randn(n, hidden, **bf16)
-            calls.append((x, ids, weights, plan, act, rows, torch.empty_like(x)))
+            calls.append((x, ids, weights, plan, act, rows, torch.empty_like(x), counts))
         gate_up, second = products(shape, num_tokens)
         times: dict[str, dict[str, float]] = {"gate_up": {}, "down": {}}
         for config in candidates(num_tokens):
@@ -222,11 +223,11 @@ def sweep_shape(shape_name: str, tokens: Sequence[int], deadline: float) -> list
 
 def time_others(call: tuple, logits: torch.Tensor, experts: int) -> dict[str, float]:
     """Microseconds of plan, combine and route on one input set."""
-    _, ids, weights, plan, _, rows, out = call
+    _, ids, weights, plan, _, rows, out, counts = call
     chosen, scores = torch.empty_like(ids), torch.empty_like(weights)
     top_k = ids.shape[1]
     return {
-        "plan": median_us([lambda: plan_into(plan, ids, experts, None)] * 4),
+        "plan": median_us([lambda: plan_into(plan, counts, ids, experts, None)] * 4),
         "combine": median_us(
             [lambda: combine_into(out, rows, plan.scatter, weights, router_weight=True)] * 4
         ),
@@ -238,7 +239,7 @@ def time_others(call: tuple, logits: torch.Tensor, experts: int) -> dict[str, fl
             [
                 lambda: (
                     route_into(scores, chosen, logits, top_k, "softmax", True, None, 0, 0, 1.0),
-                    plan_into(plan, chosen, experts, None),
+                    plan_into(plan, counts, chosen, experts, None),
                 )
             ]
             * 4

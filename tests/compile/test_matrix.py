@@ -195,6 +195,31 @@ def test_plan(arch: str) -> None:
         assert compiled.spilled == 0
 
 
+@pytest.mark.parametrize("experts", [8, 256, 2048])
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_plan_in_two_launches(arch: str, experts: int) -> None:
+    limit = target_module.Target.from_arch(arch).shared_memory
+    kernels = load("moe.kernels.plan")
+    common = {
+        "ids_ptr": "*i32!", "map_ptr": "*i32!", "counts_ptr": "*i32", "num_assignments": "i32",
+        "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32", "stride_t": "i32",
+        "stride_k": 1, "HAS_MAP": experts == 256, "CONTIGUOUS": experts != 256, "CHUNK": 512,
+        "EXPERTS": experts,
+    }  # fmt: skip
+    placed = {
+        "sizes_ptr": "*i32!", "offsets_ptr": "*i32!", "gather_ptr": "*i32!",
+        "scatter_ptr": "*i32!", "num_chunks": "i32", "ROWS": max(1, min(16, 8192 // experts)),
+        "PART": 32,
+    }  # fmt: skip
+    for kernel, arguments, warps in (
+        (kernels.plan_count_kernel, common, 4),
+        (kernels.plan_place_kernel, common | placed, 8),
+    ):
+        compiled = compile_kernel(kernel, arch, arguments, warps, 3)
+        assert compiled.shared <= limit
+        assert compiled.spilled == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", list(ARCHS))
 def test_combine(arch: str, dtype: str) -> None:

@@ -218,7 +218,8 @@ def compiled_variants() -> set[object]:
     from tilewise.moe.kernels import combine, decode, grouped, plan, topk
 
     kernels = [grouped.grouped_gemm_kernel, decode.decode_gate_up_kernel, decode.decode_down_kernel,
-               plan.plan_kernel, combine.combine_kernel, topk.route_kernel]  # fmt: skip
+               plan.plan_kernel, plan.plan_count_kernel, plan.plan_place_kernel,
+               combine.combine_kernel, topk.route_kernel]  # fmt: skip
     found: set[object] = set()
     for kernel in kernels:
         for caches in kernel.device_caches.values():

@@ -216,12 +216,12 @@ def test_choices_of_tiny_and_odd_shapes_are_legal(target: Target) -> None:
 
 
 def test_hopper_swaps_operands_for_few_tokens_only() -> None:
-    few, many = (choose(problem(t).gemms()[0], H200) for t in (8, 2048))
+    few, many = (choose(problem(t).gemms()[1], H200) for t in (8, 2048))
     assert few.swap_operands and few.block_m == 16
     assert not many.swap_operands and many.block_m == 128
     assert few.descriptors and many.descriptors
     # Three TF32 products do not run on warp groups: fp32 takes the portable path.
-    assert not choose(problem(8, itemsize=4).gemms()[0], H200).swap_operands
+    assert not choose(problem(8, itemsize=4).gemms()[1], H200).swap_operands
 
 
 def test_taller_tiles_for_more_tokens() -> None:

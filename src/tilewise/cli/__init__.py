@@ -10,7 +10,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .. import __version__
+from .bench import bench
 from .demo import demo
+from .doctor import doctor
+from .explain import explain
 
 app = typer.Typer(
     name="tilewise",
@@ -35,4 +38,5 @@ def main(
     """Mixture-of-Experts layers at hardware speed, in portable Triton."""
 
 
-app.command()(demo)
+for command in (demo, doctor, explain, bench):
+    app.command()(command)

@@ -34,30 +34,47 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
 
 
 def _wgmma(gemm: GroupedGemm) -> KernelConfig:
+    return _wgmma_gathered(gemm) if gemm.gathered else _wgmma_in_order(gemm)
+
+
+def _wgmma_gathered(gemm: GroupedGemm) -> KernelConfig:
+    """Rows by pointer, weights by descriptor, often two of them: Hopper's gate and up."""
+    rows, mean = gemm.max_segment_rows, gemm.max_rows / gemm.num_segments
+
+    def tile(m: int, n: int, k: int, warps: int, stages: int) -> KernelConfig:
+        return KernelConfig(m, n, k, 8, warps, stages, descriptors=True)
+
+    if rows <= 16:
+        # Too few columns for all multiprocessors: narrow tiles.
+        return tile(16, 32, 128, 4, 5) if gemm.n <= 256 else tile(16, 64, 256, 4, 3)
+    if rows <= 64:
+        block_m = 16 if rows <= 32 else 32
+        if gemm.n >= 1536:
+            return tile(32, 128, 128, 4, 3)
+        return tile(block_m, 64, 256 if gemm.n <= 256 and rows <= 32 else 128, 4, 4)
+    if rows <= 256 and gemm.n <= 256:
+        return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True)
+    if rows <= 1024:
+        return tile(64, 256, 64, 8, 3) if rows > 256 and mean >= 64 else tile(64, 128, 64, 4, 4)
+    # Bound by memory, a fourth stage helps; bound by arithmetic, three are faster.
+    return tile(128, 128, 64, 8, 4 if mean < 128 else 3)
+
+
+def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
+    """Rows and weights by descriptor: Hopper's down."""
     rows = gemm.max_segment_rows
-    wide = gemm.n >= 1024
     if rows <= 64:
         # Few tokens ride on the narrow side of wgmma: weights take its 64 rows.
-        def swapped(m: int, n: int, k: int, stages: int) -> KernelConfig:
-            return KernelConfig(m, n, k, 8, 4, stages, swap_operands=True, descriptors=True)
-
-        block_m = 16 if rows <= 16 else 32
-        if gemm.gathered:
-            if wide and rows > 8:
-                return swapped(block_m, 128, 128, 3)
-            return swapped(16, 64, 256, 3) if rows <= 8 else swapped(16, 64, 64, 6)
-        return swapped(block_m, 64, 128, 4) if gemm.k > 2048 else swapped(block_m, 128, 64, 4)
-    if gemm.gathered:
-        if rows > 1024:
-            return KernelConfig(128, 128, 64, 8, 8, 4, descriptors=True)
-        if wide:
-            return KernelConfig(64, 256, 64, 8, 8, 3, descriptors=True)
-        if gemm.n <= 256 and rows <= 128:
-            return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
-        return KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True)
-    if rows > 1024:
-        return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True)
-    return KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True, persistent=True, occupancy=2)
+        block_m = 16 if rows <= 32 else 32
+        swap = rows <= 8 or gemm.k < 2048
+        if gemm.k > 2048:
+            return KernelConfig(block_m, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
+        if rows <= 8 and gemm.k >= 512:
+            return KernelConfig(16, 128, 128, 8, 4, 3, swap_operands=True, descriptors=True)
+        return KernelConfig(block_m, 128, 64, 8, 4, 4, swap_operands=swap, descriptors=True)
+    if rows <= 1024:
+        return KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True, persistent=True, occupancy=2)
+    return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True)
 
 
 def _portable(gemm: GroupedGemm, target: Target) -> KernelConfig:

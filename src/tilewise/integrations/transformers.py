@@ -196,11 +196,12 @@ def _activation_of(experts: Any) -> tuple[str, Activation | None]:
     concatenated = getattr(experts, "is_concatenated", True)
     if gated and function is not _moe._default_apply_gate:
         activation = None
-        # A function put on the instance may be anything; a method is called as the model calls it.
-        if isinstance(gate, MethodType) and gate.__self__ is experts:
+        of_class = getattr(type(experts), "_apply_gate", None)
+        # What was put on the instance may be anything.
+        if isinstance(of_class, FunctionType) and "_apply_gate" not in vars(experts):
             values: list[Any] = [getattr(experts, name, None) for name in _GATE_NUMBERS]
             numbers = tuple(float(v) if type(v) in (int, float) else None for v in values)
-            activation = _recognise(function, kind, numbers, concatenated)
+            activation = _recognise(of_class, kind, numbers, concatenated)
         return ("" if activation else "it gates with a function of its own"), activation
     if gated and not concatenated:
         return "its gate and up rows are interleaved, its gate takes halves", None

@@ -13,7 +13,7 @@ from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
 from .experts import grouped_gemm_into, suits_descriptor
 from .launch import recording
-from .plan import carve_plan, plan_into
+from .plan import carve_counts, carve_plan, plan_into
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import ALIGNMENT, buffer_sizes, carve
 
@@ -256,7 +256,8 @@ def _grouped_into(
     ragged = carve_plan(ints, num_rows, num_local)
     act = act[: num_rows * intermediate_size].view(num_rows, intermediate_size)
     rows = rows[: num_rows * hidden_size].view(num_rows, hidden_size)
-    plan_into(ragged, topk_ids, num_experts, expert_map)
+    counts = carve_counts(ints, num_rows, num_local)
+    plan_into(ragged, counts, topk_ids, num_experts, expert_map)
     grouped_gemm_into(
         act, hidden_states, gate, up, ragged, layer.gate_up, target,  # type: ignore[arg-type]
         gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,

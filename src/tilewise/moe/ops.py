@@ -15,7 +15,7 @@ from ..ragged import Ragged
 from . import cpu
 from .activation import Activation
 from .forward import forward_into
-from .plan import plan_into
+from .plan import count_ints, plan_into
 from .route import route_into
 from .weights import ExpertWeights
 
@@ -107,7 +107,8 @@ def _plan_accelerator(
 ) -> Any:
     ragged = Ragged(*_plan_empty(topk_ids, num_local_experts))
     num_experts = num_local_experts if expert_map is None else expert_map.shape[0]
-    plan_into(ragged, topk_ids, num_experts, expert_map)
+    counts = topk_ids.new_empty(count_ints(topk_ids.numel(), num_local_experts), dtype=torch.int32)
+    plan_into(ragged, counts, topk_ids, num_experts, expert_map)
     return ragged.sizes, ragged.offsets, ragged.gather, ragged.scatter
 
 

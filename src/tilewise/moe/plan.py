@@ -1,12 +1,16 @@
-"""topk_ids -> Ragged, on the device, in one launch."""
+"""topk_ids -> Ragged, on the device: one launch, or two for more than 4,096 assignments."""
 
 from __future__ import annotations
 
 import torch
 
 from ..ragged import Ragged
-from .kernels.plan import plan_kernel
-from .launch import launch, next_power_of_two
+from .kernels.plan import plan_count_kernel, plan_kernel, plan_place_kernel
+from .launch import cdiv, launch, next_power_of_two
+
+# Up to here a scan per expert is cheaper than a second launch; docs/performance.md has the times.
+SCAN_ASSIGNMENTS = 4096
+CHUNK = 512
 
 
 def _padded(size: int) -> int:
@@ -15,9 +19,25 @@ def _padded(size: int) -> int:
 
 
 def plan_ints(num_assignments: int, num_local_experts: int) -> int:
-    """int32 elements of a plan's buffer: sizes, offsets, gather, scatter."""
+    """int32 elements of a plan's buffer: sizes, offsets, gather, scatter, and counts of chunks."""
     experts = _padded(num_local_experts) + _padded(num_local_experts + 1)
-    return experts + 2 * _padded(num_assignments)
+    counts = count_ints(num_assignments, num_local_experts)
+    return experts + 2 * _padded(num_assignments) + counts
+
+
+def count_ints(num_assignments: int, num_local_experts: int) -> int:
+    """int32 elements of the counts that two launches pass on; 0 where one launch does."""
+    if num_assignments <= SCAN_ASSIGNMENTS:
+        return 0
+    return cdiv(num_assignments, CHUNK) * num_local_experts
+
+
+def carve_counts(
+    buffer: torch.Tensor, num_assignments: int, num_local_experts: int
+) -> torch.Tensor:
+    """The counts' part of the same buffer."""
+    end = plan_ints(num_assignments, num_local_experts)
+    return buffer[end - count_ints(num_assignments, num_local_experts) : end]
 
 
 def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: int) -> Ragged:
@@ -34,35 +54,90 @@ def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: in
     )
 
 
-def plan_block(num_assignments: int) -> int:
-    """Ids scanned per step: three sizes, so that few variants are compiled."""
-    return min(4096, max(256, next_power_of_two(num_assignments)))
+def plan_variant(num_assignments: int) -> int:
+    """What of the number of ids decides the compiled kernel: ids per step, 0 for two launches."""
+    if num_assignments > SCAN_ASSIGNMENTS:
+        return 0
+    return max(256, next_power_of_two(num_assignments))
 
 
 def plan_into(
-    ragged: Ragged, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+    ragged: Ragged,
+    counts: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    expert_map: torch.Tensor | None,
 ) -> None:
-    """Fills `ragged` from `topk_ids` [num_tokens, top_k]; see `tilewise.plan`."""
+    """Fills `ragged` from `topk_ids` [num_tokens, top_k]; see `tilewise.plan`.
+
+    Args:
+        counts: scratch of `count_ints` int32 elements.
+    """
     top_k = topk_ids.shape[1]
     num_assignments = topk_ids.numel()
-    block = plan_block(num_assignments)
+    num_local = ragged.num_segments
+    ids_map = topk_ids if expert_map is None else expert_map
+    strides = topk_ids.stride()
+    options = {"HAS_MAP": expert_map is not None, "CONTIGUOUS": topk_ids.is_contiguous()}
+    if num_assignments <= SCAN_ASSIGNMENTS:
+        block = plan_variant(num_assignments)
+        launch(
+            plan_kernel,
+            (num_local,),
+            topk_ids,
+            ids_map,
+            ragged.sizes,
+            ragged.offsets,
+            ragged.gather,
+            ragged.scatter,
+            num_assignments,
+            num_experts,
+            num_local,
+            top_k,
+            *strides,
+            **options,
+            BLOCK=block,
+            num_warps=4 if block <= 1024 else 8,
+        )
+        return
+    num_chunks = cdiv(num_assignments, CHUNK)
+    experts = next_power_of_two(num_local)
     launch(
-        plan_kernel,
-        (ragged.num_segments,),
+        plan_count_kernel,
+        (num_chunks,),
         topk_ids,
-        topk_ids if expert_map is None else expert_map,
+        ids_map,
+        counts,
+        num_assignments,
+        num_experts,
+        num_local,
+        top_k,
+        *strides,
+        **options,
+        CHUNK=CHUNK,
+        EXPERTS=experts,
+        num_warps=4,
+    )
+    launch(
+        plan_place_kernel,
+        (num_chunks,),
+        topk_ids,
+        ids_map,
+        counts,
         ragged.sizes,
         ragged.offsets,
         ragged.gather,
         ragged.scatter,
         num_assignments,
         num_experts,
-        ragged.num_segments,
+        num_local,
+        num_chunks,
         top_k,
-        topk_ids.stride(0),
-        topk_ids.stride(1),
-        HAS_MAP=expert_map is not None,
-        CONTIGUOUS=topk_ids.is_contiguous(),
-        BLOCK=block,
-        num_warps=4 if block <= 1024 else 8,
+        *strides,
+        **options,
+        CHUNK=CHUNK,
+        EXPERTS=experts,
+        ROWS=max(1, min(16, 8192 // experts)),
+        PART=32,
+        num_warps=8,
     )

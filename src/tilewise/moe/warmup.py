@@ -11,7 +11,7 @@ from ..target import Target
 from . import launch as launching
 from .activation import SWIGLU, Activation
 from .forward import forward_into, problem_of
-from .plan import plan_block
+from .plan import plan_variant
 from .route import route_into
 from .schedule import schedule
 from .weights import ExpertWeights
@@ -51,7 +51,7 @@ def representative_tokens(
             hidden, weights.gate, weights.up, weights.down, ids, True, batch_invariant
         )
         # The plan's step is a variant of its own; decode has no plan.
-        key = (schedule(problem, target), plan_block(num_tokens * top_k))
+        key = (schedule(problem, target), plan_variant(num_tokens * top_k))
         seen.setdefault(key, num_tokens)
     return sorted(seen.values())
 

@@ -53,9 +53,7 @@ def load_weights(
 
 
 @triton.jit
-def load_pair(
-    pair, segment, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def load_pair(pair, segment, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """A gate tile above an up tile, [2 * BLOCK_N, BLOCK_K], by one descriptor load."""
     return pair.load([segment, 0, n0, k0]).reshape(2 * BLOCK_N, BLOCK_K)
 

@@ -1,8 +1,10 @@
-"""topk_ids -> ragged rows: a stable counting sort in one launch without communication.
+"""topk_ids -> ragged rows: a stable counting sort without communication between programs.
 
-Program e owns local expert e and scans all ids twice: first it counts the ids below e (its offset) and
-equal to e (its size), then it writes its rows. The scans read at most a few hundred KB from L2, which
-costs less than the second launch or the grid barrier that a shared histogram would need.
+Up to 4,096 ids, one launch: program e owns local expert e and scans all ids twice, first to count the
+ids below e (its offset) and equal to e (its size), then to write its rows.
+
+Beyond that, experts times ids is too much to read, and two launches are cheaper: each program counts
+the experts of one chunk of ids; then each adds up all counts before its own and places its chunk.
 """
 
 import triton
@@ -95,3 +97,105 @@ def plan_kernel(
                 tl.store(scatter_ptr + offs, -1, mask=(offs < num_assignments) & (local < 0))
             row += tl.sum(ones, 0)
             local = upcoming
+
+
+@triton.jit(
+    do_not_specialize=["num_assignments", "num_experts", "num_local_experts", "top_k", "stride_t"]
+)
+def plan_count_kernel(
+    ids_ptr,  # int [num_tokens, top_k], strided
+    map_ptr,  # int [num_experts], or unused
+    counts_ptr,  # int32 [num_chunks, num_local_experts]
+    num_assignments,
+    num_experts,
+    num_local_experts,
+    top_k,
+    stride_t,
+    stride_k,
+    HAS_MAP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,  # power of two >= num_local_experts
+):
+    chunk = tl.program_id(0)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    local = local_expert(
+        ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, num_local_experts, top_k,
+        stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+    )  # fmt: skip
+    counts = tl.histogram(local, EXPERTS, mask=local >= 0)
+    expert = tl.arange(0, EXPERTS)
+    tl.store(
+        counts_ptr + chunk.to(tl.int64) * num_local_experts + expert,
+        counts,
+        mask=expert < num_local_experts,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_assignments", "num_experts", "num_local_experts", "num_chunks", "top_k", "stride_t",
+    ]
+)  # fmt: skip
+def plan_place_kernel(
+    ids_ptr,  # int [num_tokens, top_k], strided
+    map_ptr,  # int [num_experts], or unused
+    counts_ptr,  # int32 [num_chunks, num_local_experts]
+    sizes_ptr,  # int32 [num_local_experts]
+    offsets_ptr,  # int32 [num_local_experts + 1]
+    gather_ptr,  # int32 [num_assignments]
+    scatter_ptr,  # int32 [num_assignments]
+    num_assignments,
+    num_experts,
+    num_local_experts,
+    num_chunks,
+    top_k,
+    stride_t,
+    stride_k,
+    HAS_MAP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,  # chunks added up per step
+    PART: tl.constexpr,  # ids compared with the chunk per step
+):
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], dtype=tl.int32)
+    before = tl.zeros([EXPERTS], dtype=tl.int32)
+    for first in tl.range(0, num_chunks, ROWS):
+        row = first + tl.arange(0, ROWS)
+        counts = tl.load(
+            counts_ptr + row.to(tl.int64)[:, None] * num_local_experts + expert[None, :],
+            mask=(row < num_chunks)[:, None] & (expert < num_local_experts)[None, :],
+            other=0,
+        )  # [ROWS, EXPERTS]
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((row < chunk)[:, None], counts, 0), 0)
+    offsets = tl.cumsum(total, 0) - total
+    if chunk == 0:
+        tl.store(sizes_ptr + expert, total, mask=expert < num_local_experts)
+        tl.store(offsets_ptr + expert, offsets, mask=expert < num_local_experts)
+        tl.store(offsets_ptr + num_local_experts, tl.sum(total, 0))
+
+    lane = tl.arange(0, CHUNK)
+    offs = chunk * CHUNK + lane
+    local = local_expert(
+        ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, num_local_experts, top_k,
+        stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+    )  # fmt: skip
+    # A row's place among its expert's rows of this chunk: the equal ids that stand before it.
+    rank = tl.zeros([CHUNK], dtype=tl.int32)
+    for first in tl.range(0, CHUNK, PART):
+        other_lane = first + tl.arange(0, PART)
+        other = chunk * CHUNK + other_lane
+        other_local = local_expert(
+            ids_ptr, map_ptr, other, other < num_assignments, num_experts, num_local_experts,
+            top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+        )  # fmt: skip
+        same = (local[:, None] == other_local[None, :]) & (other_lane[None, :] < lane[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+    mine = local >= 0
+    rows = tl.gather(offsets + before, tl.where(mine, local, 0), 0) + rank
+    tl.store(gather_ptr + rows, offs, mask=mine)
+    tl.store(scatter_ptr + offs, tl.where(mine, rows, -1), mask=offs < num_assignments)

@@ -1,0 +1,48 @@
+"""`tilewise explain`: what a call would do and what it costs at least, on any machine."""
+
+from __future__ import annotations
+
+import typer
+
+from ..models import MODELS, moe_shape
+from ..target import CATALOGUE, Target
+
+# Where there is no GPU and none is named.
+DEFAULT_ARCH = "sm_90"
+
+
+def explain(
+    model: str = typer.Argument(help='A model by name, or a shard of it: "deepseek-v3@tp8".'),
+    tokens: list[int] = typer.Option([64], "--tokens", "-n", min=1, help="Tokens; may repeat."),
+    arch: str = typer.Option("", help='"sm_90", "gfx942", ...; this machine\'s GPU if empty.'),
+    dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
+    batch_invariant: bool = typer.Option(False, help="As calls with this option would run."),
+) -> None:
+    """Print path, tiles, bytes, FLOPs and floor of a call. Nothing runs; no GPU is needed."""
+    import torch
+
+    from ..moe.explain import explain as explanation
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}")
+    try:
+        shape = moe_shape(model)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}. Models: {', '.join(MODELS)}") from error
+    if arch and arch not in CATALOGUE:
+        raise typer.BadParameter(f"{arch!r} is not one of {', '.join(CATALOGUE)}")
+    target = Target.from_arch(arch) if arch else Target.probe()
+    if target.backend == "cpu":
+        typer.echo(f"No GPU here: this is for {DEFAULT_ARCH}. Name another one with --arch.")
+        target = Target.from_arch(DEFAULT_ARCH)
+    typer.echo(
+        f"{model}: {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} x "
+        f"{shape.intermediate_size}, {dtype}"
+    )
+    for count in tokens:
+        typer.echo(f"\n{count} token{'s' if count > 1 else ''}")
+        call = explanation(
+            shape, count, dtype=dtypes[dtype], batch_invariant=batch_invariant, target=target
+        )
+        typer.echo(str(call))

@@ -1,0 +1,352 @@
+"""Tilewise as a plug-in of SGLang, 0.5.11 and newer: the experts of unquantised MoE layers.
+
+Installing Tilewise beside SGLang is enough: SGLang finds `register` by its entry point and calls it
+in every process. `TILEWISE_SGLANG=0` switches it off. What Tilewise does not serve runs SGLang's
+own function, and the log says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..models import MoEShape
+from ..moe.activation import GEGLU, GEGLU_TANH, GELU, RELU2, SILU, SWIGLU, Activation
+from ..moe.layer import fused_experts
+from ..moe.warmup import warmup
+from ..moe.weights import ExpertWeights
+
+SWITCH = "TILEWISE_SGLANG"
+DTYPES = (torch.bfloat16, torch.float16)
+# Calls up to this size are prepared at a layer's first call: more than a default prefill chunk.
+MAX_TOKENS = 16384
+
+log = logging.getLogger("sglang.tilewise")
+
+_KEY = ("none", "triton")
+_MOE = "sglang.srt.layers.moe"
+_POOL = f"{_MOE}.moe_runner.base:FusedOpPool"
+_COMBINE = f"{_MOE}.token_dispatcher.standard:StandardCombineInput"
+_INVARIANT = "sglang.srt.batch_invariant_ops:is_batch_invariant_mode_enabled"
+_SYMMETRIC = (
+    "sglang.srt.distributed.device_communicators.pynccl_allocator:is_symmetric_memory_enabled"
+)
+
+# What we rely on, as "module:name": of a function its parameters, of a class its members. Checked
+# when the plug-in loads, and in the tests against every release that we name as supported.
+FUNCTIONS = {
+    f"{_MOE}.moe_runner.triton:fused_experts_none_to_triton": (
+        "dispatch_output", "quant_info", "runner_config",
+    ),
+    f"{_POOL}.get_fused_func": ("cls", "dispatch_name", "runner_name"),
+    _INVARIANT: (),
+    _SYMMETRIC: (),
+}  # fmt: skip
+MEMBERS = {
+    _POOL: ("_fused_funcs",),
+    f"{_MOE}.moe_runner.base:MoeRunnerConfig": (
+        "activation", "apply_router_weight_on_input", "gemm1_alpha", "gemm1_clamp_limit", "inplace",
+        "is_gated", "no_combine", "routed_scaling_factor",
+    ),
+    f"{_MOE}.moe_runner.triton:TritonMoeQuantInfo": ("b13", "b2", "w13_weight", "w2_weight"),
+    f"{_MOE}.token_dispatcher.standard:StandardDispatchOutput": (
+        "hidden_states", "hidden_states_scale", "topk_output",
+    ),
+    _COMBINE: ("hidden_states",),
+    f"{_MOE}.topk:StandardTopKOutput": ("topk_ids", "topk_weights"),
+}  # fmt: skip
+
+# Options that are honoured here or don't change the result. Any other that is not at its default,
+# of releases to come too, leaves the layer to SGLang.
+CONFIG_OPTIONS = frozenset({
+    *MEMBERS[f"{_MOE}.moe_runner.base:MoeRunnerConfig"],
+    "gate_up_interleaved", "gemm1_beta", "hidden_size", "intermediate_size_per_partition", "layer",
+    "layer_id", "no_combine_keep_router_weight", "num_experts", "num_fused_shared_experts",
+    "num_local_experts", "params_dtype", "routing_method_type", "runner_backend", "swiglu_limit",
+    "top_k",
+})  # fmt: skip
+WEIGHT_OPTIONS = frozenset({"b13", "b2", "fuse_swiglu_interleaved", "w13_weight", "w2_weight"})
+
+_GATED = {"gelu": GEGLU, "gelu_tanh": GEGLU_TANH}
+_UNGATED = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
+
+_said: set[str] = set()
+# What was compiled ahead, for all layers of this process -> the largest call.
+_warm: dict[tuple[Any, ...], int] = {}
+
+
+def register() -> None:
+    """Puts Tilewise in the place of SGLang's fused function for Triton experts.
+
+    Calling it again changes nothing. It never raises: an SGLang that it does not know keeps its own
+    experts.
+    """
+    if os.environ.get(SWITCH, "1") == "0":
+        log.info("tilewise: off, %s=0", SWITCH)
+        return
+    try:
+        import_module(f"{_MOE}.moe_runner.triton")  # Registers SGLang's own function.
+        functions = _find(_POOL)._fused_funcs
+        original = functions.get(_KEY)
+        if getattr(original, "is_tilewise", False):
+            return
+        reason = mismatch()
+        if reason is None and original is None:
+            reason = f"it has no fused function for {_KEY}"
+        if reason is not None:
+            log.warning("tilewise: not used, this SGLang differs from what it was written for: %s",
+                        reason)  # fmt: skip
+            return
+        functions[_KEY] = fused_function(original)
+        log.info("tilewise: on for unquantised experts of the triton MoE runner; %s=0 switches off",
+                 SWITCH)  # fmt: skip
+    except Exception as error:
+        log.warning("tilewise: not used, %s: %s", type(error).__name__, error)
+
+
+def mismatch() -> str | None:
+    """What this SGLang lacks or has changed of what the plug-in relies on; None if nothing."""
+    for name, parameters in FUNCTIONS.items():
+        try:
+            function = _find(name)
+        except (ImportError, AttributeError):
+            return f"it has no {name}"
+        found = tuple(inspect.signature(getattr(function, "__func__", function)).parameters)
+        if found != parameters:
+            return f"{name} takes {', '.join(found)}"
+    for name, members in MEMBERS.items():
+        try:
+            owner = _find(name)
+        except (ImportError, AttributeError):
+            return f"it has no {name}"
+        # A dataclass's field without a default is no attribute of the class.
+        known = {key for base in owner.__mro__ for key in vars(base).get("__annotations__", ())}
+        for member in members:
+            if member not in known and not hasattr(owner, member):
+                return f"{name} has no {member}"
+    return None
+
+
+def fused_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for SGLang's pool that calls `original` for what Tilewise does not serve."""
+    combine, invariant, symmetric = _find(_COMBINE), _find(_INVARIANT), _find(_SYMMETRIC)
+
+    def tilewise_experts(dispatch_output: Any, quant_info: Any, runner_config: Any) -> Any:
+        known = translate(runner_config)
+        reason = known if isinstance(known, str) else why_not(
+            dispatch_output, quant_info, runner_config, symmetric()
+        )  # fmt: skip
+        if reason is None:
+            act, layout = known
+            try:
+                weights = views(quant_info, act, layout)
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            _say_once(f"tilewise: leaving experts to SGLang: {reason}")
+            return original(dispatch_output, quant_info, runner_config)
+        return combine(run(dispatch_output, weights, act, runner_config, bool(invariant())))
+
+    tilewise_experts.is_tilewise = True  # type: ignore[attr-defined]
+    return tilewise_experts
+
+
+def translate(config: Any) -> tuple[Activation, str] | str:
+    """The activation of a `MoeRunnerConfig`, computed as SGLang computes it.
+
+    Returns:
+        The activation and the layout of gate and up rows, or the reason why Tilewise has none.
+    """
+    name = config.activation
+    alpha, clamp, limit, beta = _modifiers(config)
+    if not config.is_gated or name != "silu":
+        table = _GATED if config.is_gated else _UNGATED
+        if name not in table:
+            return f"activation {name}" + ("" if config.is_gated else " without a gate")
+        if any(number is not None for number in (alpha, clamp, limit, beta)):
+            return f"activation {name} with a clamp or a slope"
+        return table[name], "gate_up"
+    if alpha is not None:
+        # SGLang adds 1 to up, whatever gemm1_beta says.
+        if clamp is None or clamp <= 0 or limit is not None or beta not in (None, 1.0):
+            return f"activation silu with {alpha=}, {clamp=}, {limit=}, {beta=}"
+        interleaved = getattr(config, "gate_up_interleaved", True)  # Always, before 0.5.15.
+        layout = "interleaved" if interleaved else "gate_up"
+        return Activation("swiglu", alpha=alpha, beta=1.0, limit=clamp), layout
+    if clamp is not None:
+        return "gemm1_clamp_limit without gemm1_alpha: SGLang clamps after SiLU, Tilewise before"
+    if beta not in (None, 0.0) or (limit is not None and limit <= 0):
+        return f"activation silu with {limit=}, {beta=}"
+    return (SWIGLU if limit is None else Activation("swiglu", limit=limit)), "gate_up"
+
+
+def _modifiers(config: Any) -> tuple[float | None, ...]:
+    names = ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "gemm1_beta")
+    return tuple(getattr(config, name, None) for name in names)
+
+
+def why_not(dispatch: Any, quant: Any, config: Any, symmetric: bool = False) -> str | None:
+    """Why this call stays with SGLang, its activation aside; None if Tilewise serves it."""
+    x, w13 = dispatch.hidden_states, getattr(quant, "w13_weight", None)
+    if w13 is None or getattr(quant, "w2_weight", None) is None:
+        return f"weights in {type(quant).__name__}"
+    changed = _changed(quant, WEIGHT_OPTIONS)
+    if changed is not None:
+        return f"quantised weights ({changed})"
+    changed = _changed(config, CONFIG_OPTIONS)
+    if changed is not None:
+        return f"option {changed}"
+    if dispatch.hidden_states_scale is not None:
+        return "quantised hidden states"
+    if getattr(dispatch, "hidden_states_pre_quant", None) is not None:
+        return "quantised hidden states"
+    if x.dtype not in DTYPES or w13.dtype is not x.dtype:
+        return f"hidden states in {x.dtype}, weights in {w13.dtype}"
+    if not _runs_on(x.device):
+        return f"device {x.device.type}"
+    topk = dispatch.topk_output
+    if getattr(topk, "topk_ids", None) is None or getattr(topk, "topk_weights", None) is None:
+        return f"routing in {type(topk).__name__}"
+    if config.no_combine and config.inplace:
+        return "no_combine with inplace"
+    if config.apply_router_weight_on_input and quant.b13 is not None:
+        return "apply_router_weight_on_input with a bias: SGLang weighs the bias too"
+    if torch.version.hip is not None and config.routed_scaling_factor not in (None, 1.0):
+        return "routed_scaling_factor on ROCm"
+    if symmetric and not config.inplace and not config.no_combine:
+        return "outputs in symmetric memory"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _runs_on(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type in ("cuda", "cpu")
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _changed(options: Any, known: frozenset[str]) -> str | None:
+    """The first option that is not known here and not at its default."""
+    for name, default in _defaults(type(options), known):
+        value = getattr(options, name)
+        if value is not default and (isinstance(value, torch.Tensor) or value != default):
+            return name
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _defaults(options: type, known: frozenset[str]) -> tuple[tuple[str, Any], ...]:
+    found = [(f.name, None if f.default is MISSING else f.default) for f in fields(options)]
+    return tuple(pair for pair in found if pair[0] not in known)
+
+
+def views(quant: Any, activation: Activation, layout: str) -> ExpertWeights:
+    """The layer's weights as ours, made again only if they moved.
+
+    They are kept on the weight itself, so that they live as long as it does.
+    """
+    w13, w2, b13, b2 = quant.w13_weight, quant.w2_weight, quant.b13, quant.b2
+    if getattr(quant, "fuse_swiglu_interleaved", False):
+        layout = "interleaved"
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        key = (layout, activation.is_gated, w13.shape, w13.stride(), w2.shape, w2.stride(),
+               *(None if t is None else t.data_ptr() for t in (w13, w2, b13, b2)))  # fmt: skip
+        kept: tuple[Any, ExpertWeights] | None = getattr(w13, "_tilewise_views", None)
+        if kept is not None and kept[0] == key:
+            return kept[1]
+    up, down, bias, down_bias = (None if t is None else t.detach() for t in (w13, w2, b13, b2))
+    if activation.is_gated:
+        weights = ExpertWeights.from_gate_up(
+            up, down, layout=layout, gate_up_bias=bias, down_bias=down_bias
+        )
+    else:
+        weights = ExpertWeights.from_ungated(up, down, up_bias=bias, down_bias=down_bias)
+    if not tracing:
+        w13._tilewise_views = (key, weights)
+    return weights
+
+
+def run(
+    dispatch: Any, weights: ExpertWeights, activation: Activation, config: Any, invariant: bool
+) -> torch.Tensor:
+    """The call, after what it needs is compiled."""
+    x, ids = dispatch.hidden_states, dispatch.topk_output.topk_ids
+    scales, reduce = dispatch.topk_output.topk_weights, not config.no_combine
+    on_input = config.apply_router_weight_on_input
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        options: dict[str, Any] = {"reduce": reduce, "batch_invariant": invariant}
+        prepare(weights, activation, ids, scales, apply_router_weight_on_input=on_input, **options)
+    factor = config.routed_scaling_factor
+    scaled = reduce and factor not in (None, 1.0)
+    if scaled and not on_input:
+        scales = scales * factor
+    elif not (reduce or on_input or getattr(config, "no_combine_keep_router_weight", False)):
+        scales = torch.ones_like(scales)  # Whoever sums the slots weighs them.
+    write_back = config.inplace and (tracing or x.stride(-1) != 1)
+    with torch.no_grad():
+        out = fused_experts(
+            x, weights, scales, ids, activation=activation, apply_router_weight_on_input=on_input,
+            reduce=reduce, batch_invariant=invariant,
+            out=x if config.inplace and not write_back else None,
+        )  # fmt: skip
+        if scaled and on_input:
+            out = out.mul_(factor)
+        result: torch.Tensor = x.copy_(out) if write_back else out
+    return result
+
+
+def prepare(
+    weights: ExpertWeights, act: Activation, ids: torch.Tensor, scales: torch.Tensor, **options: Any
+) -> None:
+    """Compiles what such calls can need, once a process, unless a CUDA graph is being captured."""
+    (num_tokens, top_k), device = ids.shape, weights.device
+    biases = weights.gate_bias, weights.up_bias, weights.down_bias
+    key = (weights.up.shape, weights.up.stride(), weights.down.stride(), weights.dtype, device,
+           *(None if bias is None else bias.dtype for bias in biases), top_k, act,
+           ids.dtype, scales.dtype, *options.values())  # fmt: skip
+    if num_tokens <= _warm.get(key, 0) or num_tokens == 0:
+        return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    largest = max(MAX_TOKENS, 1 << (num_tokens - 1).bit_length())
+    experts, inter, hidden = weights.up.shape
+    start = time.perf_counter()
+    variants = warmup(
+        # A device may hold fewer experts than a token chooses.
+        MoEShape(max(experts, top_k), top_k, hidden, inter),
+        max_tokens=largest, dtype=weights.dtype, activation=act, weights=weights,
+        topk_ids_dtype=ids.dtype, topk_weights_dtype=scales.dtype, routing=False, device=device,
+        **options,
+    )  # fmt: skip
+    _warm[key] = largest
+    log.info(
+        "tilewise: serving %s experts: %d here, top %d, hidden %d, intermediate %d, %s; %d kernel "
+        "variants ready for up to %d tokens, %.1f s",
+        act.kind, experts, top_k, hidden, inter, str(weights.dtype).removeprefix("torch."),
+        len(variants), largest, time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _say_once(message: str) -> None:
+    if message not in _said and not torch.compiler.is_compiling():
+        _said.add(message)
+        log.info(message)
+
+
+def _find(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
