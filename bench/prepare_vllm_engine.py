@@ -21,7 +21,7 @@ from bench.prepare_peers import ARCH, _download
 
 VLLM = "vllm==0.24.0"
 # What the image of the GPU machine lacks. The FFI is newer than vLLM asks for: xgrammar needs it.
-REQUIREMENTS = """
+_LACKING = """
 annotated-types==0.8.0 apache-tvm-ffi==0.1.15.post2 astor==0.8.1 blake3==1.0.11 cachetools==8.0.0
 cbor2==6.2.1 compressed-tensors==0.17.0 depyf==0.20.0 dill==0.4.1 diskcache==5.6.3 distro==1.9.0
 fastapi==0.136.3 ijson==3.6.0 interegular==0.3.3 jiter==0.19.0 jmespath==1.1.0 jsonschema==4.26.0
@@ -34,7 +34,8 @@ pycountry==26.2.16 pydantic==2.14.3 pydantic-core==2.50.4 pydantic-extra-types==
 python-json-logger==4.2.0 python-multipart==0.0.34 pyzmq==27.3.0 referencing==0.37.0
 rpds-py==2026.9.1 setproctitle==1.3.8 sniffio==1.3.1 starlette==1.10.0 supervisor==4.3.0
 typing-inspection==0.4.5 watchfiles==1.3.0 xgrammar==0.2.8
-""".split()
+"""
+REQUIREMENTS = _LACKING.split()
 
 # Other kernels of attention, a server in Rust, sources that compile kernels of other layers.
 _DROPPED = re.compile(

@@ -187,8 +187,12 @@ def paired_us(
         Median microseconds per call, one per round, by peer.
     """
     out: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, captured in peers.items():
+    for turn in range(rounds):
+        # Each round starts with another peer, so that none is always first after a pause.
+        names = list(peers)
+        shift = turn * len(names) // max(1, rounds)
+        for name in names[shift:] + names[:shift]:
+            captured = peers[name]
             replays = _replays_for(captured.graph, target_ms, max_replays)
             pairs = [(_event(), _event()) for _ in range(replays)]
             for start, end in pairs:

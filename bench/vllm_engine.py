@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
+        "vocab_size": 151936,
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
@@ -187,19 +189,15 @@ def randomise(model: Any) -> int:
 def model_of(llm: Any) -> Any:
     """The module in this process: the engine runs without processes of its own."""
     engine = llm.llm_engine
-    for path in (
-        "model_executor.driver_worker.worker.model_runner.model",
-        "model_executor.driver_worker.model_runner.model",
-        "engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model",
-        "engine_core.engine_core.model_executor.driver_worker.model_runner.model",
-    ):
-        found = engine
-        try:
-            for part in path.split("."):
-                found = getattr(found, part)
-        except AttributeError:
-            continue
-        return getattr(found, "runnable", found)
+    for path in ("model_executor", "engine_core.engine_core.model_executor"):
+        for tail in ("driver_worker.worker.model_runner", "driver_worker.model_runner"):
+            found = engine
+            try:
+                for part in f"{path}.{tail}.get_model".split("."):
+                    found = getattr(found, part)
+            except AttributeError:
+                continue
+            return found()
     raise RuntimeError("no path to the model in this vLLM")
 
 
@@ -288,33 +286,8 @@ def run_engine(folder: Path, mode: str, result_path: Path, options: dict[str, An
             result["decoded"].append(list(completion.token_ids))
     save()
 
-    # A step: the difference of many and few, so that the prompt and the start drop out.
-    result["step_ms"] = {}
-    for batch in BATCHES:
-        tokens = texts((TIMED_PROMPT,) * batch, vocabulary, seed=99)
-        steps = {}
-        for count in (FEW_STEPS, MANY_STEPS):
-            sampling = SamplingParams(
-                max_tokens=count, temperature=0.0, detokenize=False, ignore_eos=True
-            )
-            generate(tokens, sampling)
-            times = []
-            for _ in range(options["repeats"]):
-                begin = time.perf_counter()
-                generate(tokens, sampling)
-                times.append(time.perf_counter() - begin)
-            steps[count] = min(times)
-        per_step = (steps[MANY_STEPS] - steps[FEW_STEPS]) / (MANY_STEPS - FEW_STEPS)
-        result["step_ms"][str(batch)] = round(per_step * 1e3, 3)
-        save()
-    tokens = texts((2048,) * 4, vocabulary, seed=7)
-    one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True)
-    times = []
-    for _ in range(options["repeats"] + 1):
-        begin = time.perf_counter()
-        generate(tokens, one)
-        times.append(time.perf_counter() - begin)
-    result["prefill_8192_ms"] = round(min(times) * 1e3, 2)
+    if mode != "eager":
+        time_steps(result, generate, vocabulary, options["repeats"], save)
     result["end"] = {**log.counts(), "in_memory": cached_variants()}
     result["compiled_while_serving"] = log.ours[ready_ours:]
     import torch
@@ -329,18 +302,54 @@ def run_engine(folder: Path, mode: str, result_path: Path, options: dict[str, An
     save()
 
 
+def time_steps(
+    result: dict[str, Any], generate: Any, vocabulary: int, repeats: int, save: Any
+) -> None:
+    """Decode steps at each batch, and a prefill."""
+    from vllm import SamplingParams
+
+    # A step: the difference of many and few, so that the prompt and the start drop out.
+    result["step_ms"] = {}
+    for batch in BATCHES:
+        tokens = texts((TIMED_PROMPT,) * batch, vocabulary, seed=99)
+        steps = {}
+        for count in (FEW_STEPS, MANY_STEPS):
+            sampling = SamplingParams(
+                max_tokens=count, temperature=0.0, detokenize=False, ignore_eos=True
+            )
+            generate(tokens, sampling)
+            times = []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                generate(tokens, sampling)
+                times.append(time.perf_counter() - begin)
+            steps[count] = min(times)
+        per_step = (steps[MANY_STEPS] - steps[FEW_STEPS]) / (MANY_STEPS - FEW_STEPS)
+        result["step_ms"][str(batch)] = round(per_step * 1e3, 3)
+        save()
+    tokens = texts((2048,) * 4, vocabulary, seed=7)
+    one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True)
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        generate(tokens, one)
+        times.append(time.perf_counter() - begin)
+    result["prefill_8192_ms"] = round(min(times) * 1e3, 2)
+    save()
+
+
 # ---- the process that compares ----
 
 
-def unpack(site: Path) -> None:
+def unpack(site: Path, parts_folder: Path) -> None:
     from bench.peers import archive
 
-    parts = sorted(archive.ARCHIVES.glob("vllm.tar.xz.part*"))
+    parts = sorted(parts_folder.glob("vllm.tar.xz.part*"))
     if not parts:
-        raise SystemExit(f"no parts in {archive.ARCHIVES}: python -m bench.prepare_vllm_engine")
+        raise SystemExit(f"no parts in {parts_folder}: python -m bench.prepare_vllm_engine")
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            Path(folder, part.name).symlink_to(part)
+            Path(folder, part.name).symlink_to(part.resolve())
         archive.unpack(site, Path(folder))
     print("unpacked to", site)
 
@@ -407,16 +416,14 @@ def start_run(mode: str, options: argparse.Namespace, work: Path) -> dict[str, A
         try:
             code: int | str = process.wait(options.timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = "timeout"
     result = json.loads(result_path.read_text()) if result_path.exists() else {"mode": mode}
     text = log_path.read_text(errors="replace")
     result["wall_s"] = round(time.perf_counter() - begin, 1)
     result["exit"] = code
-    result["tilewise_log"] = sorted(
-        {m[0].strip() for m in re.finditer(r"tilewise: .*", text)}
-    )
+    result["tilewise_log"] = sorted({m[0].strip() for m in re.finditer(r"tilewise: .*", text)})
     result["vllm_backend"] = sorted(set(re.findall(r"Using (\S+) Unquantized MoE", text)))
     if code != 0 or not result.get("complete"):
         result["log_tail"] = text[-6000:]
@@ -487,20 +494,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     scratch = Path(tempfile.gettempdir())
     parser.add_argument("--unpack", action="store_true", help="unpack vLLM and stop")
+    parser.add_argument("--parts", type=Path, default=ROOT / ".peers", help="what to unpack")
     parser.add_argument("--site", type=Path, default=scratch / "tilewise-vllm")
     parser.add_argument("--work", type=Path, default=scratch / "tilewise-vllm-work")
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--memory", type=float, default=0.85)
+    parser.add_argument("--memory", type=float, default=0.75)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=270, help="seconds for one engine")
+    parser.add_argument("--timeout", type=float, default=185, help="seconds for one engine")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--child-options", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.unpack:
-        unpack(options.site)
+        unpack(options.site, options.parts)
         return 0
     if options.child:
         try:
@@ -517,14 +525,17 @@ def main() -> int:
         os._exit(0)  # The engine's own end can hang; everything is written.
     from bench import machine
 
+    options.work = options.work / options.model
     options.work.mkdir(parents=True, exist_ok=True)
     write_distribution(options.work / "dist")
     write_model(options.work / "model", options.model, options.layers)
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
-    runs: dict[str, dict[str, Any]] = {}
-    # Of `off` and `eager` left by an earlier call, when only some are asked for now.
+    # What an earlier call left of the other runs, so that a call may make some of them only.
+    left = {mode: options.work / f"{mode}.whole" for mode in RUNS if mode not in options.runs}
+    runs = {mode: json.loads(path.read_text()) for mode, path in left.items() if path.exists()}
     for mode in options.runs:
         runs[mode] = start_run(mode, options, options.work)
+        (options.work / f"{mode}.whole").write_text(json.dumps(runs[mode]))
         report, problems = judge(runs)
         kept = {
             mode: {k: v for k, v in run.items() if k not in ("logprobs", "best", "decoded")}
@@ -533,6 +544,7 @@ def main() -> int:
         entry = {"config": json.loads((options.work / "model" / "config.json").read_text())}
         entry |= {"agreement": report, "problems": problems, "runs": kept}
         known[options.model] = {"meta": machine.describe(), **entry}
+        known[options.model]["meta"].update(runs[mode].get("versions", {}))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(report, indent=1))

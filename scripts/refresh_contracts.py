@@ -32,7 +32,9 @@ class Sources:
         self.place = place
         self.archive = zipfile.ZipFile(place) if place.is_file() else None
         names = self.archive.namelist() if self.archive else [p.name for p in place.iterdir()]
-        found = {match[1] for name in names if (match := re.match(r"vllm-([^/]+)\.dist-info", name))}
+        found = {
+            match[1] for name in names if (match := re.match(r"vllm-([^/]+)\.dist-info", name))
+        }
         (self.version,) = found
 
     def module(self, name: str) -> ast.Module:
@@ -43,7 +45,9 @@ class Sources:
     def classes(self, name: str) -> list[ast.ClassDef]:
         """A class and its bases in the same module, in order of lookup."""
         module, _, wanted = name.partition(":")
-        here = {node.name: node for node in self.module(module).body if isinstance(node, ast.ClassDef)}
+        here = {
+            node.name: node for node in self.module(module).body if isinstance(node, ast.ClassDef)
+        }
         found = []
         while wanted in here:
             found.append(here[wanted])
@@ -98,9 +102,7 @@ def contract(sources: Sources) -> dict[str, object]:
     return {
         "functions": {name: parameters(sources, name) for name in FUNCTIONS},
         "members": {
-            name: sorted(
-                {m for node in sources.classes(name) for m in members(node)} & set(wanted)
-            )
+            name: sorted({m for node in sources.classes(name) for m in members(node)} & set(wanted))
             for name, wanted in MEMBERS.items()
         },
         "abstract": abstract(sources, EXPERTS),
@@ -110,7 +112,7 @@ def contract(sources: Sources) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sources", nargs="+", type=Path, help="wheels, or folders of their contents")
+    parser.add_argument("sources", nargs="+", type=Path, help="wheels, or what was in them")
     known = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
     for place in parser.parse_args().sources:
         sources = Sources(place)

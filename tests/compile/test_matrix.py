@@ -73,7 +73,8 @@ def grouped_arguments(
         "EVEN_K": problem.k % cfg.block_k == 0, "EVEN_N": problem.n % cfg.block_n == 0,
         "SAME_STRIDES": True,
         "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
-        "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent, "UPCAST": False,
+        "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
+        "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
     }  # fmt: skip
@@ -229,7 +230,7 @@ def test_combine(arch: str, dtype: str) -> None:
             {
                 "rows_ptr": f"*{dtype}!", "scatter_ptr": "*i32", "weights_ptr": "*fp32",
                 "out_ptr": f"*{dtype}!", "hidden_size": "i32!", "top_k": "i32",
-                "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!",
+                "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!", "stride_os": "i32!",
                 "ROUTER_WEIGHT": True, "REDUCE": reduce, "BLOCK": 1024,
             }, 4, 3,
         )  # fmt: skip

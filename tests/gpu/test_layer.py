@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import tilewise
 from tests import cases
 from tilewise import ExpertWeights, MoEShape
+from tilewise.moe.activation import KINDS, Activation
 from tilewise.moe.schedule import LayerProblem, schedule
 
 pytestmark = pytest.mark.gpu
@@ -285,6 +287,74 @@ def test_repeated_launches_follow_their_tensors() -> None:
             unaligned = torch.empty(num_tokens * 512 + 1, dtype=torch.bfloat16, device="cuda")
             x = unaligned[1:].view(num_tokens, 512).copy_(inputs.hidden_states)
             cases.assert_within(call(case, replace(inputs, hidden_states=x)), expected, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_of_an_active_token_stays(kind: str) -> None:
+    """Clamps and maxima on the GPU would turn NaN into a number if told nothing."""
+    for limit in (None, 0.5):
+        activation = Activation(kind, limit=limit)
+        for num_tokens in (2, 9):
+            case = cases.Case("nan", num_tokens, 7, 2, 64, 32, activation=activation)
+            inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+            inputs.hidden_states[0, 3] = torch.nan
+            out = call(case, inputs)
+            assert out[0].isnan().all() and torch.isfinite(out[1:]).all()
+
+
+def test_threads_repeat_the_same_launches() -> None:
+    case = cases.Case("threads", 40, 64, 4, 512, 256)
+    inputs = [cases.make_inputs(case, torch.bfloat16, "cuda", seed) for seed in range(4)]
+    weights = inputs[0].weights
+    inputs = [replace(i, weights=weights) for i in inputs]
+    expected = [call(case, i) for i in inputs]
+
+    def work(index: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            good = True
+            for _ in range(50):
+                good &= torch.equal(call(case, inputs[index]), expected[index])
+            return good
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_layers_alike_share_their_launches() -> None:
+    case = cases.Case("layers", 40, 64, 4, 512, 256)
+    for seed in range(3):
+        inputs = cases.make_inputs(case, torch.bfloat16, "cuda", seed)
+        cases.assert_within(
+            call(case, inputs), cases.fp32_experts(case, inputs),
+            cases.plain_torch_experts(case, inputs),
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_gpu_while_the_first_is_current() -> None:
+    case = cases.Case("second", 40, 64, 4, 512, 256)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda:1")
+    for _ in range(2):
+        cases.assert_within(
+            call(case, inputs), cases.fp32_experts(case, inputs),
+            cases.plain_torch_experts(case, inputs),
+        )  # fmt: skip
+    tilewise.route(torch.randn(5, 64, device="cuda:1"), 4)
+
+
+def test_wrong_out_and_workspace_are_refused_when_repeating() -> None:
+    case = cases.Case("refuse_out", 9, 7, 2)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    good = torch.empty(9, case.hidden_size, dtype=torch.bfloat16, device="cuda")
+    call(case, inputs, out=good)
+    with pytest.raises(ValueError, match="out"):
+        call(case, inputs, out=good.cpu())
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    call(case, inputs, out=good, workspace=workspace)
+    for wrong in (workspace.cpu(), workspace[::2], workspace.view(torch.int8), workspace[1:]):
+        with pytest.raises(ValueError, match="workspace"):
+            call(case, inputs, out=good, workspace=wrong)
 
 
 def test_impossible_configuration_is_refused() -> None:

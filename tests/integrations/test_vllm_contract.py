@@ -1,4 +1,4 @@
-"""vLLM: what the plug-in relies on in its releases, and the plug-in in a vLLM made for the tests."""
+"""vLLM: what the plug-in relies on in releases, and the plug-in in a vLLM made for the tests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import torch
 
 import tilewise
 from tilewise.integrations import vllm as plugin
-from tilewise.moe.activation import SWIGLU_OAI, Activation
 from tilewise.moe import reference as specification
+from tilewise.moe.activation import SWIGLU_OAI, Activation
 
 CONTRACTS = json.loads(Path(__file__).with_name("vllm_contract.json").read_text())
 REFUSED = {"relu2", "swiglustep", "situ"}
@@ -179,7 +179,7 @@ def fake_modules() -> dict[str, types.ModuleType]:
             registry[key] = _decorated_op_cls
             return _decorated_op_cls
 
-    class FusedMoEExperts(ABC):
+    class FusedMoEExperts(ABC):  # noqa: B024
         def __init__(
             self,
             moe_config: Any,
@@ -396,7 +396,7 @@ def make_layer(activation: Act, bias: bool, local: int, **clamp: Any) -> tuple[A
 
 
 def call(method: Any, layer: Any, config: Config, num_tokens: int, on_input: bool = False) -> Any:
-    """As vLLM's kernel calls experts, and what it gives them; returns what a reference needs too."""
+    """Calls experts as vLLM's kernel does; returns the output and what a reference needs."""
     generator = torch.Generator().manual_seed(num_tokens)
     hidden, top_k = layer.w13_weight.shape[2], 1 if on_input else config.experts_per_token
     x = torch.randn((num_tokens, hidden), generator=generator).to(torch.bfloat16)

@@ -136,3 +136,20 @@ def test_map_past_the_last_expert_is_skipped() -> None:
     for config in (GROUPED, DECODE):
         expected = run_layer(case, replace(inputs, expert_map=good), config)
         assert torch.equal(run_layer(case, replace(inputs, expert_map=bad), config), expected)
+
+
+def test_strided_map_and_strided_unreduced_out() -> None:
+    """A column of a table as map, and an output whose slots lie apart."""
+    case = cases.Case("map_table", 6, 7, 2, expert_map="half")
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    table = torch.full((7, 3), 5, dtype=torch.int32, device=DEVICE)
+    table[:, 1] = inputs.expert_map
+    strided = replace(inputs, expert_map=table[:, 1])
+    for config in (GROUPED, DECODE):
+        cases.assert_close_to_reference(run_layer(case, strided, config), case, inputs)
+    case = cases.Case("slots", 6, 7, 2, reduce=False)
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    wide = torch.full((6, 3, 2 * case.hidden_size), 3.0, device=DEVICE)
+    out = run_layer(case, inputs, GROUPED, out=wide[:, :2, : case.hidden_size])
+    cases.assert_close_to_reference(out, case, inputs)
+    assert (wide[:, 2] == 3.0).all() and (wide[:, :, case.hidden_size :] == 3.0).all()

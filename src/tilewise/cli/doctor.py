@@ -1,4 +1,4 @@
-"""`tilewise doctor`: what this machine is, what is known about it, and every kernel put to the test.
+"""`tilewise doctor`: what this machine is, what is known about it, and a test of every kernel.
 
 Outputs are compared with the fp32 specification, which runs on the CPU, so that neither the GPU nor
 a precision setting of torch can hide an error in both.
@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..dispatch.config import KernelConfig, StreamConfig
-from ..moe import cpu, reference
+from ..moe import cpu, ops, reference
 from ..moe.activation import SWIGLU, SWIGLU_OAI, Activation
 from ..moe.combine import combine_into
-from ..moe.forward import forward_into
 from ..moe.launch import INTERPRETED
-from ..moe.plan import plan_into
-from ..moe.route import route_into
 from ..moe.schedule import LayerConfig
 from ..moe.weights import ExpertWeights
-from ..ragged import Ragged
 from ..target import CATALOGUE, Target
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,7 +85,7 @@ def doctor(
         for job in jobs:
             checks.append(job())
             progress.advance(task)
-    ok = all(check.ok for check in checks) and all(f.level != "bad" for f in findings)
+    ok = all(c.ok for c in checks) and all(f.level != "bad" for f in findings)
     if as_json:
         report = {
             "ok": ok,
@@ -96,7 +93,7 @@ def doctor(
             "machine": {"name": _name(device), **asdict(target)},
             "versions": versions(),
             "findings": [asdict(finding) for finding in findings],
-            "checks": [asdict(check) for check in checks],
+            "checks": [asdict(c) for c in checks],
         }
         # NaN is no JSON: an error that is none is null.
         typer.echo(json.dumps(_finite(report), indent=1))
@@ -247,35 +244,37 @@ def self_test(device: str, target: Target) -> Iterator[Callable[[], Check]]:
     """Every kernel and variant that this machine can run, each as a call that gives a `Check`."""
     kernels = target.backend != "cpu" or INTERPRETED
     for scoring, bias, groups in ROUTINGS:
-        yield _job("route", scoring + (", bias, groups" if bias else ""), "fp32",
-                   lambda s=scoring, b=bias, g=groups: _route(device, kernels, s, b, g), 1e-5)  # fmt: skip
-    for ids, mapped in ((torch.int32, False), (torch.int64, True)):
-        variant = f"{str(ids).removeprefix('torch.')} ids{', expert map' if mapped else ''}"
-        yield _job(
-            "plan", variant, "int32", lambda i=ids, m=mapped: _plan(device, kernels, i, m), 0
-        )
+        name = scoring + (", bias, groups" if bias else "")
+        yield partial(check, "route", name, "fp32", 1e-5,
+                      partial(_route, device, kernels, scoring, bias, groups))  # fmt: skip
+    # Beyond 4,096 ids the plan takes another way.
+    for ids, mapped, tokens in ((torch.int32, False, 301), (torch.int64, True, 2001)):
+        name = f"{3 * tokens:,} {str(ids).removeprefix('torch.')} ids"
+        yield partial(check, "plan", name + (", expert map" if mapped else ""), "int32", 0.0,
+                      partial(_plan, device, kernels, ids, mapped, tokens))  # fmt: skip
     for dtype in DTYPES:
-        allowed = _tolerance(dtype)
+        test = partial(check, dtype=dtype, allowed=_tolerance(dtype))
         if not kernels:
-            for activation, name in ((SWIGLU, "swiglu"), (SWIGLU_OAI, "clamped, biases")):
-                yield _job("layer", name, dtype,
-                           lambda d=dtype, a=activation: _cpu_layer(d, a), allowed)  # fmt: skip
+            yield partial(test, "layer", "swiglu", run=partial(_cpu_layer, dtype, SWIGLU))
+            yield partial(
+                test, "layer", "clamped, biases", run=partial(_cpu_layer, dtype, SWIGLU_OAI)
+            )
             continue
-        for variant, (config, tokens, options) in layer_variants(target, dtype).items():
+        for name, (config, tokens, options) in layer_variants(target).items():
             kernel = "decode" if config is not None and config.path == "decode" else "grouped"
-            yield _job("layer" if config is None else kernel, variant, dtype,
-                       lambda d=dtype, c=config, t=tokens, o=options: _layer(device, d, c, t, **o),
-                       allowed)  # fmt: skip
+            yield partial(test, "layer" if config is None else kernel, name,
+                          run=partial(_layer, device, dtype, config, tokens, **options))  # fmt: skip
         for reduce in (True, False):
-            yield _job("combine", "sum of slots" if reduce else "each slot", dtype,
-                       lambda d=dtype, r=reduce: _combine(device, d, r), allowed)  # fmt: skip
+            yield partial(test, "combine", "sum of slots" if reduce else "each slot",
+                          run=partial(_combine, device, dtype, reduce))  # fmt: skip
 
 
+MANY = 20 if INTERPRETED else 70  # Tokens: several tiles for some expert.
 ROUTINGS = (("softmax", False, 1), ("topk_softmax", False, 1), ("sigmoid", True, 4))
 
 
 def layer_variants(
-    target: Target, dtype: str
+    target: Target,
 ) -> dict[str, tuple[LayerConfig | None, int, dict[str, Any]]]:
     """Configuration, tokens and options by name; a configuration of None is the library's choice.
 
@@ -293,16 +292,16 @@ def layer_variants(
     found: dict[str, tuple[LayerConfig | None, int, dict[str, Any]]] = {}
     for name, config in grouped.items():
         layer = LayerConfig("grouped", config, config)
-        found[name] = (layer, 40, {"split": True})
+        found[name] = (layer, MANY, {"split": True})
         if config.descriptors:  # Gate and up of one tensor come by one descriptor.
-            found[f"{name}, pair"] = (layer, 40, {})
+            found[f"{name}, pair"] = (layer, MANY, {})
     found["bias, clamp"] = (
-        LayerConfig("grouped", base, base), 40, {"activation": SWIGLU_OAI, "bias": True}
+        LayerConfig("grouped", base, base), MANY, {"activation": SWIGLU_OAI, "bias": True}
     )  # fmt: skip
     stream = StreamConfig(16, 64, 4, 1 if target.backend == "hip" else 2)
     found["gate+up, down"] = (LayerConfig("decode", stream, stream), 2, {})
-    for tokens in (1, 40) if INTERPRETED else (1, 5, 40, 700):
-        found[f"as chosen, {tokens} tokens"] = (None, tokens, {})
+    for tokens in (1, 20) if INTERPRETED else (1, 5, 40, 700):
+        found[f"as chosen, {tokens} token{'s' if tokens > 1 else ''}"] = (None, tokens, {})
     return found
 
 
@@ -313,19 +312,15 @@ def _tolerance(dtype: str) -> float:
     return TOLERANCE[dtype] * (2 if INTERPRETED and dtype == "bf16" else 1)
 
 
-def _job(
-    kernel: str, variant: str, dtype: str, run: Callable[[], float], allowed: float
-) -> Callable[[], Check]:
-    def check() -> Check:
-        try:
-            error = run()
-        except Exception as failure:  # Whatever it is, it is this kernel's result.
-            text = str(failure).strip().splitlines()
-            detail = f"{type(failure).__name__}: {text[0] if text else ''}"[:300]
-            return Check(kernel, variant, dtype, False, float("nan"), allowed, detail)
-        return Check(kernel, variant, dtype, error <= allowed, error, allowed)
-
-    return check
+def check(kernel: str, variant: str, dtype: str, allowed: float, run: Callable[[], float]) -> Check:
+    """Runs one check; whatever it raises is this kernel's result."""
+    try:
+        error = run()
+    except Exception as failure:
+        text = str(failure).strip().splitlines()
+        detail = f"{type(failure).__name__}: {text[0] if text else ''}"[:300]
+        return Check(kernel, variant, dtype, False, float("nan"), allowed, detail)
+    return Check(kernel, variant, dtype, error <= allowed, error, allowed)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -349,13 +344,11 @@ def _route(device: str, kernels: bool, scoring: str, bias: bool, groups: int) ->
     limits = {"num_expert_group": groups, "topk_group": 2} if groups > 1 else {}
     options: dict[str, Any] = {"e_score_correction_bias": correction, **limits}
     expected, expected_ids = reference.route(logits, 4, scoring_func=scoring, **options)
-    weights, ids = torch.empty(33, 4), torch.empty(33, 4, dtype=torch.int32)
     if kernels:
-        weights, ids = weights.to(device), ids.to(device)
         moved = None if correction is None else correction.to(device)
-        route_into(
-            weights, ids, logits.to(device), 4, scoring, True, moved,
-            groups if groups > 1 else 0, 2 if groups > 1 else 0, 1.0,
+        weights, ids = ops._route_accelerator(
+            logits.to(device), 4, scoring, True, moved, groups if groups > 1 else 0,
+            2 if groups > 1 else 0, 1.0,
         )  # fmt: skip
     else:
         weights, ids = cpu.route(logits, 4, scoring_func=scoring, **options)
@@ -364,24 +357,27 @@ def _route(device: str, kernels: bool, scoring: str, bias: bool, groups: int) ->
     return _error(weights, expected)
 
 
-def _plan(device: str, kernels: bool, dtype: torch.dtype, mapped: bool) -> float:
+def _plan(device: str, kernels: bool, dtype: torch.dtype, mapped: bool, tokens: int) -> float:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(-1, 14, (301, 3), generator=generator).to(dtype)  # -1, 12 and 13: skipped.
+    ids = torch.randint(-1, 14, (tokens, 3), generator=generator).to(
+        dtype
+    )  # -1, 12 and 13: skipped.
     experts = 6 if mapped else 12
     mapping = torch.arange(12, dtype=torch.int32) // 2 if mapped else None
     if mapping is not None:
         mapping[::2] = -1
     expected = reference.plan(ids, 12, expert_map=mapping, num_local_experts=experts)
-    if not kernels:
-        actual = cpu.plan(ids, experts, expert_map=mapping)
-    else:
-        lengths = (experts, experts + 1, ids.numel(), ids.numel())
-        actual = tuple(  # type: ignore[assignment]
-            torch.full((n,), -1, dtype=torch.int32, device=device) for n in lengths
-        )
+    if kernels:
         moved = None if mapping is None else mapping.to(device)
-        plan_into(Ragged(*actual), ids.to(device), 12, moved)
-    return float(any(not torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True)))
+        actual = ops._plan_accelerator(ids.to(device), experts, moved)
+    else:
+        actual = cpu.plan(ids, experts, expert_map=mapping)
+    # Past the last row, `gather` is unspecified.
+    rows = int(expected[1][-1])
+    sizes, offsets, gather, scatter = (t.cpu() for t in actual)
+    same = zip((sizes, offsets, gather[:rows], scatter),
+               (*expected[:2], expected[2][:rows], expected[3]), strict=True)  # fmt: skip
+    return float(not all(torch.equal(a, e) for a, e in same))
 
 
 def _inputs(dtype: str, tokens: int, activation: Activation, bias: bool) -> tuple[Any, ...]:
@@ -423,21 +419,23 @@ def _layer(
     bias: bool = False,
     split: bool = False,
 ) -> float:
-    """Past the operators, so that Triton's interpreter can run it on a CPU."""
+    """Past torch's dispatcher, so that Triton's interpreter can run it on a CPU."""
     x, w, router, ids, expected = _inputs(dtype, tokens, activation, bias)
     gate_up = torch.cat([w.gate, w.up], 1).to(device)
     gate, up = gate_up[:, : w.intermediate_size], gate_up[:, w.intermediate_size :]
     if split:
         gate, up = gate.contiguous(), up.contiguous()
     biases = [None if b is None else b.to(device) for b in (w.gate_bias, w.up_bias, w.down_bias)]
+    x, router, ids = x.to(device), router.to(device), ids.to(device)
     arguments = (
-        x.to(device), gate, up, w.down.to(device), *biases, router.to(device), ids.to(device),
-        activation, None, False, True, False, "" if config is None else config.to_json(),
+        x, gate, up, w.down.to(device), *biases, None, None, None, None, None, None, "dense",
+        router, ids, None, activation.kind, activation.alpha, activation.beta, activation.limit,
+        False, True, False, "" if config is None else config.to_json(),
     )  # fmt: skip
     # The second call repeats the first one's launches where that is supported.
-    outs = [torch.full_like(arguments[0], float("nan")) for _ in range(2)]
+    outs = [torch.full_like(x, float("nan")) for _ in range(2)]
     for out in outs:
-        forward_into(out, None, *arguments)
+        ops.fused_experts_accelerator(*arguments, out=out)
     if not torch.equal(*outs):
         return float("inf")
     return _error(outs[0], expected)
@@ -511,18 +509,17 @@ def _print(
     table = Table()
     for column in ("kernel", "variant", *DTYPES, "int32"):
         table.add_column(column, justify="left" if column in ("kernel", "variant") else "right")
-    names = dict.fromkeys((check.kernel, check.variant) for check in checks)
-    cells = {(check.kernel, check.variant, check.dtype): check for check in checks}
+    names = dict.fromkeys((c.kernel, c.variant) for c in checks)
+    cells = {(c.kernel, c.variant, c.dtype): c for c in checks}
     for name in sorted(names, key=lambda n: ORDER.index(n[0])):
         found = [cells.get((*name, dtype)) for dtype in (*DTYPES, "int32")]
-        table.add_row(*name, *(_cell(check) for check in found))
+        table.add_row(*name, *map(_cell, found))
     console.print(table)
-    failed = [check for check in checks if not check.ok]
-    for check in failed:
-        reason = check.detail or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
+    failed = [c for c in checks if not c.ok]
+    for c in failed:
+        reason = c.detail or f"error {c.error:.1e}, allowed {c.allowed:.1e}"
         console.print(
-            f"[red]failed[/red] {check.kernel}, {check.variant}, {check.dtype}: {reason}",
-            highlight=False,
+            f"[red]failed[/red] {c.kernel}, {c.variant}, {c.dtype}: {reason}", highlight=False
         )
     if failed:
         console.print(f"[red]{len(failed)} of {len(checks)} checks failed.")
@@ -533,9 +530,9 @@ def _print(
 ORDER = ("route", "plan", "layer", "grouped", "decode", "combine")
 
 
-def _cell(check: Check | None) -> str:
-    if check is None:
+def _cell(result: Check | None) -> str:
+    if result is None:
         return ""
-    if not check.ok:
+    if not result.ok:
         return "[red]failed"
-    return "[green]exact" if check.error == 0 else f"[green]{check.error:.0e}"
+    return "[green]exact" if result.error == 0 else f"[green]{result.error:.0e}"

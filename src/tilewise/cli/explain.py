@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ..models import MODELS, moe_shape
+from ..models import moe_shape
 from ..target import CATALOGUE, Target
 
 # Where there is no GPU and none is named.
@@ -13,7 +13,7 @@ DEFAULT_ARCH = "sm_90"
 
 def explain(
     model: str = typer.Argument(help='A model by name, or a shard of it: "deepseek-v3@tp8".'),
-    tokens: list[int] = typer.Option([64], "--tokens", "-n", min=1, help="Tokens; may repeat."),
+    tokens: str = typer.Option("64", help="Token counts."),
     arch: str = typer.Option("", help='"sm_90", "gfx942", ...; this machine\'s GPU if empty.'),
     dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
     batch_invariant: bool = typer.Option(False, help="As calls with this option would run."),
@@ -28,8 +28,11 @@ def explain(
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}")
     try:
         shape = moe_shape(model)
+        counts = [int(count) for count in tokens.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{error}. Models: {', '.join(MODELS)}") from error
+        raise typer.BadParameter(str(error)) from error
+    if min(counts) < 1:
+        raise typer.BadParameter(f"token counts must be at least 1, got {tokens!r}")
     if arch and arch not in CATALOGUE:
         raise typer.BadParameter(f"{arch!r} is not one of {', '.join(CATALOGUE)}")
     target = Target.from_arch(arch) if arch else Target.probe()
@@ -40,7 +43,7 @@ def explain(
         f"{model}: {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} x "
         f"{shape.intermediate_size}, {dtype}"
     )
-    for count in tokens:
+    for count in counts:
         typer.echo(f"\n{count} token{'s' if count > 1 else ''}")
         call = explanation(
             shape, count, dtype=dtypes[dtype], batch_invariant=batch_invariant, target=target

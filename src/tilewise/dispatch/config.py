@@ -98,7 +98,7 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
     tiles = gemm.num_weights if config.swap_operands else 1
     epilogue = config.block_m * config.block_n * 4 * tiles
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
-        staged += config.block_m * config.block_n * gemm.itemsize // 2
+        staged += config.num_warps * 16 * config.block_n * gemm.itemsize // 2
     return max(staged, epilogue) + 1024
 
 

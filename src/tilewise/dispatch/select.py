@@ -28,7 +28,7 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     Returns:
         A legal configuration for `target`. Depends on nothing but the arguments.
     """
-    wgmma = target.warpgroup_mma and gemm.itemsize == 2
+    wgmma = target.warpgroup_mma and gemm.itemsize == 2 and gemm.descriptors_possible
     wish = _wgmma(gemm) if wgmma else _portable(gemm, target)
     return fit(wish, gemm, target)
 

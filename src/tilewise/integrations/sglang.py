@@ -13,8 +13,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, fields
-from importlib import import_module
+from dataclasses import fields
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -35,32 +35,30 @@ log = logging.getLogger("sglang.tilewise")
 _KEY = ("none", "triton")
 _MOE = "sglang.srt.layers.moe"
 _POOL = f"{_MOE}.moe_runner.base:FusedOpPool"
-_COMBINE = f"{_MOE}.token_dispatcher.standard:StandardCombineInput"
+_CONFIG = f"{_MOE}.moe_runner.base:MoeRunnerConfig"
+_TRITON = f"{_MOE}.moe_runner.triton:fused_experts_none_to_triton"
+_STANDARD = f"{_MOE}.token_dispatcher.standard"
+_COMBINE = f"{_STANDARD}:StandardCombineInput"
 _INVARIANT = "sglang.srt.batch_invariant_ops:is_batch_invariant_mode_enabled"
-_SYMMETRIC = (
-    "sglang.srt.distributed.device_communicators.pynccl_allocator:is_symmetric_memory_enabled"
-)
+_NCCL = "sglang.srt.distributed.device_communicators.pynccl_allocator"
+_SYMMETRIC = f"{_NCCL}:is_symmetric_memory_enabled"
 
 # What we rely on, as "module:name": of a function its parameters, of a class its members. Checked
 # when the plug-in loads, and in the tests against every release that we name as supported.
-FUNCTIONS = {
-    f"{_MOE}.moe_runner.triton:fused_experts_none_to_triton": (
-        "dispatch_output", "quant_info", "runner_config",
-    ),
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    _TRITON: ("dispatch_output", "quant_info", "runner_config"),
     f"{_POOL}.get_fused_func": ("cls", "dispatch_name", "runner_name"),
     _INVARIANT: (),
     _SYMMETRIC: (),
-}  # fmt: skip
+}
 MEMBERS = {
     _POOL: ("_fused_funcs",),
-    f"{_MOE}.moe_runner.base:MoeRunnerConfig": (
+    _CONFIG: (
         "activation", "apply_router_weight_on_input", "gemm1_alpha", "gemm1_clamp_limit", "inplace",
         "is_gated", "no_combine", "routed_scaling_factor",
     ),
     f"{_MOE}.moe_runner.triton:TritonMoeQuantInfo": ("b13", "b2", "w13_weight", "w2_weight"),
-    f"{_MOE}.token_dispatcher.standard:StandardDispatchOutput": (
-        "hidden_states", "hidden_states_scale", "topk_output",
-    ),
+    f"{_STANDARD}:StandardDispatchOutput": ("hidden_states", "hidden_states_scale", "topk_output"),
     _COMBINE: ("hidden_states",),
     f"{_MOE}.topk:StandardTopKOutput": ("topk_ids", "topk_weights"),
 }  # fmt: skip
@@ -68,18 +66,16 @@ MEMBERS = {
 # Options that are honoured here or don't change the result. Any other that is not at its default,
 # of releases to come too, leaves the layer to SGLang.
 CONFIG_OPTIONS = frozenset({
-    *MEMBERS[f"{_MOE}.moe_runner.base:MoeRunnerConfig"],
-    "gate_up_interleaved", "gemm1_beta", "hidden_size", "intermediate_size_per_partition", "layer",
-    "layer_id", "no_combine_keep_router_weight", "num_experts", "num_fused_shared_experts",
-    "num_local_experts", "params_dtype", "routing_method_type", "runner_backend", "swiglu_limit",
-    "top_k",
+    *MEMBERS[_CONFIG], "gate_up_interleaved", "gemm1_beta", "hidden_size",
+    "intermediate_size_per_partition", "layer", "layer_id", "no_combine_keep_router_weight",
+    "num_experts", "num_fused_shared_experts", "num_local_experts", "params_dtype",
+    "routing_method_type", "runner_backend", "swiglu_limit", "top_k",
 })  # fmt: skip
 WEIGHT_OPTIONS = frozenset({"b13", "b2", "fuse_swiglu_interleaved", "w13_weight", "w2_weight"})
 
 _GATED = {"gelu": GEGLU, "gelu_tanh": GEGLU_TANH}
 _UNGATED = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
 
-_said: set[str] = set()
 # What was compiled ahead, for all layers of this process -> the largest call.
 _warm: dict[tuple[Any, ...], int] = {}
 
@@ -87,87 +83,70 @@ _warm: dict[tuple[Any, ...], int] = {}
 def register() -> None:
     """Puts Tilewise in the place of SGLang's fused function for Triton experts.
 
-    Calling it again changes nothing. It never raises: an SGLang that it does not know keeps its own
-    experts.
+    Calling it again changes nothing. It never raises: an unknown SGLang keeps its own experts.
     """
     if os.environ.get(SWITCH, "1") == "0":
         log.info("tilewise: off, %s=0", SWITCH)
         return
     try:
-        import_module(f"{_MOE}.moe_runner.triton")  # Registers SGLang's own function.
-        functions = _find(_POOL)._fused_funcs
-        original = functions.get(_KEY)
+        resolve_name(_TRITON)  # Registers SGLang's own function.
+        functions = resolve_name(_POOL)._fused_funcs
+        original = functions[_KEY]
         if getattr(original, "is_tilewise", False):
             return
-        reason = mismatch()
-        if reason is None and original is None:
-            reason = f"it has no fused function for {_KEY}"
-        if reason is not None:
-            log.warning("tilewise: not used, this SGLang differs from what it was written for: %s",
-                        reason)  # fmt: skip
+        if (reason := mismatch()) is not None:
+            log.warning("tilewise: not used, this SGLang is not the one it knows: %s", reason)
             return
         functions[_KEY] = fused_function(original)
-        log.info("tilewise: on for unquantised experts of the triton MoE runner; %s=0 switches off",
-                 SWITCH)  # fmt: skip
+        log.info("tilewise: on for unquantised experts; %s=0 switches it off", SWITCH)
     except Exception as error:
         log.warning("tilewise: not used, %s: %s", type(error).__name__, error)
 
 
 def mismatch() -> str | None:
     """What this SGLang lacks or has changed of what the plug-in relies on; None if nothing."""
-    for name, parameters in FUNCTIONS.items():
+    for name in (*FUNCTIONS, *MEMBERS):
         try:
-            function = _find(name)
+            found = resolve_name(name)
         except (ImportError, AttributeError):
             return f"it has no {name}"
-        found = tuple(inspect.signature(getattr(function, "__func__", function)).parameters)
-        if found != parameters:
-            return f"{name} takes {', '.join(found)}"
-    for name, members in MEMBERS.items():
-        try:
-            owner = _find(name)
-        except (ImportError, AttributeError):
-            return f"it has no {name}"
-        # A dataclass's field without a default is no attribute of the class.
-        known = {key for base in owner.__mro__ for key in vars(base).get("__annotations__", ())}
-        for member in members:
-            if member not in known and not hasattr(owner, member):
-                return f"{name} has no {member}"
+        if name in FUNCTIONS:
+            parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
+            if parameters != FUNCTIONS[name]:
+                return f"{name} takes {', '.join(parameters)}"
+        else:
+            known = {key for base in found.__mro__ for key in inspect.get_annotations(base)}
+            if missing := sorted(set(MEMBERS[name]) - known):
+                return f"{name} has no {', '.join(missing)}"
     return None
 
 
 def fused_function(original: Callable[..., Any]) -> Callable[..., Any]:
     """A function for SGLang's pool that calls `original` for what Tilewise does not serve."""
-    combine, invariant, symmetric = _find(_COMBINE), _find(_INVARIANT), _find(_SYMMETRIC)
+    combine, invariant, symmetric = map(resolve_name, (_COMBINE, _INVARIANT, _SYMMETRIC))
 
     def tilewise_experts(dispatch_output: Any, quant_info: Any, runner_config: Any) -> Any:
-        known = translate(runner_config)
-        reason = known if isinstance(known, str) else why_not(
-            dispatch_output, quant_info, runner_config, symmetric()
-        )  # fmt: skip
-        if reason is None:
-            act, layout = known
+        reason = why_not(dispatch_output, quant_info, runner_config, symmetric())
+        known = translate(runner_config) if reason is None else reason
+        if not isinstance(known, str):
             try:
-                weights = views(quant_info, act, layout)
-            except ValueError as error:
-                reason = str(error)
-        if reason is not None:
-            _say_once(f"tilewise: leaving experts to SGLang: {reason}")
-            return original(dispatch_output, quant_info, runner_config)
-        return combine(run(dispatch_output, weights, act, runner_config, bool(invariant())))
+                weights = views(quant_info, *known)
+                out = run(dispatch_output, weights, known[0], runner_config, bool(invariant()))
+                return combine(out)
+            except ValueError as error:  # Raised before anything runs.
+                known = str(error)
+        _say_once(f"tilewise: leaving experts to SGLang: {known}")
+        return original(dispatch_output, quant_info, runner_config)
 
     tilewise_experts.is_tilewise = True  # type: ignore[attr-defined]
     return tilewise_experts
 
 
 def translate(config: Any) -> tuple[Activation, str] | str:
-    """The activation of a `MoeRunnerConfig`, computed as SGLang computes it.
-
-    Returns:
-        The activation and the layout of gate and up rows, or the reason why Tilewise has none.
-    """
+    """The activation as SGLang computes it and the layout of rows, or why Tilewise has none."""
     name = config.activation
-    alpha, clamp, limit, beta = _modifiers(config)
+    keys = ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "gemm1_beta")
+    alpha, clamp, limit, beta = (getattr(config, key, None) for key in keys)
     if not config.is_gated or name != "silu":
         table = _GATED if config.is_gated else _UNGATED
         if name not in table:
@@ -179,8 +158,8 @@ def translate(config: Any) -> tuple[Activation, str] | str:
         # SGLang adds 1 to up, whatever gemm1_beta says.
         if clamp is None or clamp <= 0 or limit is not None or beta not in (None, 1.0):
             return f"activation silu with {alpha=}, {clamp=}, {limit=}, {beta=}"
-        interleaved = getattr(config, "gate_up_interleaved", True)  # Always, before 0.5.15.
-        layout = "interleaved" if interleaved else "gate_up"
+        # Before 0.5.15 the rows always are.
+        layout = "interleaved" if getattr(config, "gate_up_interleaved", True) else "gate_up"
         return Activation("swiglu", alpha=alpha, beta=1.0, limit=clamp), layout
     if clamp is not None:
         return "gemm1_clamp_limit without gemm1_alpha: SGLang clamps after SiLU, Tilewise before"
@@ -189,33 +168,24 @@ def translate(config: Any) -> tuple[Activation, str] | str:
     return (SWIGLU if limit is None else Activation("swiglu", limit=limit)), "gate_up"
 
 
-def _modifiers(config: Any) -> tuple[float | None, ...]:
-    names = ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "gemm1_beta")
-    return tuple(getattr(config, name, None) for name in names)
-
-
 def why_not(dispatch: Any, quant: Any, config: Any, symmetric: bool = False) -> str | None:
     """Why this call stays with SGLang, its activation aside; None if Tilewise serves it."""
     x, w13 = dispatch.hidden_states, getattr(quant, "w13_weight", None)
-    if w13 is None or getattr(quant, "w2_weight", None) is None:
+    if w13 is None:
         return f"weights in {type(quant).__name__}"
-    changed = _changed(quant, WEIGHT_OPTIONS)
-    if changed is not None:
+    if (changed := _changed(quant, WEIGHT_OPTIONS)) is not None:
         return f"quantised weights ({changed})"
-    changed = _changed(config, CONFIG_OPTIONS)
-    if changed is not None:
+    if (changed := _changed(config, CONFIG_OPTIONS)) is not None:
         return f"option {changed}"
-    if dispatch.hidden_states_scale is not None:
-        return "quantised hidden states"
-    if getattr(dispatch, "hidden_states_pre_quant", None) is not None:
-        return "quantised hidden states"
+    for name in ("hidden_states_scale", "hidden_states_pre_quant"):
+        if getattr(dispatch, name, None) is not None:
+            return "quantised hidden states"
     if x.dtype not in DTYPES or w13.dtype is not x.dtype:
         return f"hidden states in {x.dtype}, weights in {w13.dtype}"
     if not _runs_on(x.device):
         return f"device {x.device.type}"
-    topk = dispatch.topk_output
-    if getattr(topk, "topk_ids", None) is None or getattr(topk, "topk_weights", None) is None:
-        return f"routing in {type(topk).__name__}"
+    if not hasattr(dispatch.topk_output, "topk_ids"):
+        return f"routing in {type(dispatch.topk_output).__name__}"
     if config.no_combine and config.inplace:
         return "no_combine with inplace"
     if config.apply_router_weight_on_input and quant.b13 is not None:
@@ -227,7 +197,7 @@ def why_not(dispatch: Any, quant: Any, config: Any, symmetric: bool = False) -> 
     return None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache
 def _runs_on(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return device.type in ("cuda", "cpu")
@@ -236,24 +206,12 @@ def _runs_on(device: torch.device) -> bool:
 
 def _changed(options: Any, known: frozenset[str]) -> str | None:
     """The first option that is not known here and not at its default."""
-    for name, default in _defaults(type(options), known):
-        value = getattr(options, name)
-        if value is not default and (isinstance(value, torch.Tensor) or value != default):
-            return name
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def _defaults(options: type, known: frozenset[str]) -> tuple[tuple[str, Any], ...]:
-    found = [(f.name, None if f.default is MISSING else f.default) for f in fields(options)]
-    return tuple(pair for pair in found if pair[0] not in known)
+    names = (f.name for f in fields(options) if getattr(options, f.name) != f.default)
+    return next((name for name in names if name not in known), None)
 
 
 def views(quant: Any, activation: Activation, layout: str) -> ExpertWeights:
-    """The layer's weights as ours, made again only if they moved.
-
-    They are kept on the weight itself, so that they live as long as it does.
-    """
+    """The layer's weights as ours; kept on the weight itself, made again only if they moved."""
     w13, w2, b13, b2 = quant.w13_weight, quant.w2_weight, quant.b13, quant.b2
     if getattr(quant, "fuse_swiglu_interleaved", False):
         layout = "interleaved"
@@ -264,7 +222,8 @@ def views(quant: Any, activation: Activation, layout: str) -> ExpertWeights:
         kept: tuple[Any, ExpertWeights] | None = getattr(w13, "_tilewise_views", None)
         if kept is not None and kept[0] == key:
             return kept[1]
-    up, down, bias, down_bias = (None if t is None else t.detach() for t in (w13, w2, b13, b2))
+    up, down = w13.detach(), w2.detach()
+    bias, down_bias = (None if t is None else t.detach() for t in (b13, b2))
     if activation.is_gated:
         weights = ExpertWeights.from_gate_up(
             up, down, layout=layout, gate_up_bias=bias, down_bias=down_bias
@@ -283,10 +242,11 @@ def run(
     x, ids = dispatch.hidden_states, dispatch.topk_output.topk_ids
     scales, reduce = dispatch.topk_output.topk_weights, not config.no_combine
     on_input = config.apply_router_weight_on_input
+    options: dict[str, Any] = {"reduce": reduce, "batch_invariant": invariant}
+    options["apply_router_weight_on_input"] = on_input
     tracing = torch.compiler.is_compiling()
     if not tracing:
-        options: dict[str, Any] = {"reduce": reduce, "batch_invariant": invariant}
-        prepare(weights, activation, ids, scales, apply_router_weight_on_input=on_input, **options)
+        prepare(weights, activation, ids, scales, **options)
     factor = config.routed_scaling_factor
     scaled = reduce and factor not in (None, 1.0)
     if scaled and not on_input:
@@ -295,11 +255,8 @@ def run(
         scales = torch.ones_like(scales)  # Whoever sums the slots weighs them.
     write_back = config.inplace and (tracing or x.stride(-1) != 1)
     with torch.no_grad():
-        out = fused_experts(
-            x, weights, scales, ids, activation=activation, apply_router_weight_on_input=on_input,
-            reduce=reduce, batch_invariant=invariant,
-            out=x if config.inplace and not write_back else None,
-        )  # fmt: skip
+        target = x if config.inplace and not write_back else None
+        out = fused_experts(x, weights, scales, ids, activation=activation, out=target, **options)
         if scaled and on_input:
             out = out.mul_(factor)
         result: torch.Tensor = x.copy_(out) if write_back else out
@@ -331,22 +288,12 @@ def prepare(
     )  # fmt: skip
     _warm[key] = largest
     log.info(
-        "tilewise: serving %s experts: %d here, top %d, hidden %d, intermediate %d, %s; %d kernel "
-        "variants ready for up to %d tokens, %.1f s",
-        act.kind, experts, top_k, hidden, inter, str(weights.dtype).removeprefix("torch."),
-        len(variants), largest, time.perf_counter() - start,
-    )  # fmt: skip
+        f"tilewise: serving {act.kind} experts: {experts} here, top {top_k}, hidden {hidden}, "
+        f"intermediate {inter}, {str(weights.dtype).removeprefix('torch.')}; {len(variants)} kernel"
+        f" variants ready for up to {largest} tokens, {time.perf_counter() - start:.1f} s"
+    )
 
 
+@functools.cache
 def _say_once(message: str) -> None:
-    if message not in _said and not torch.compiler.is_compiling():
-        _said.add(message)
-        log.info(message)
-
-
-def _find(name: str) -> Any:
-    module, _, path = name.partition(":")
-    found: Any = import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+    log.info(message)

@@ -110,7 +110,7 @@ class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """All scratch memory is the second workspace: the first shares its bytes with the output."""
+        """All scratch is the second workspace: the first shares its bytes with the output."""
         dtype = self.moe_config.in_dtype
         size = _workspace_bytes(
             M, N, K, topk, local_num_experts, dtype, self._act, self._batch_invariant

@@ -34,7 +34,7 @@ def pair_distance(gate: torch.Tensor, up: torch.Tensor) -> int:
         gate.untyped_storage()._cdata != up.untyped_storage()._cdata
     ):
         return 0
-    distance = up.storage_offset() - gate.storage_offset()
+    distance = int(up.storage_offset() - gate.storage_offset())
     return 0 if (distance * up.element_size()) % 16 else distance
 
 
@@ -87,6 +87,13 @@ def grouped_gemm_into(
         activation: None stores the plain product.
     """
     num_experts, n, k = up.shape
+    for weight in (up,) if gate is None else (gate, up):
+        _, stride_n, stride_k = weight.stride()
+        if config.block_n * stride_n + config.block_k * stride_k >= 2**31:
+            raise ValueError(
+                f"weight strides {weight.stride()} put one tile over 2^31 elements: the kernels "
+                "address inside a tile with 32 bits. Store experts outermost, or call .contiguous()"
+            )
     act = activation or _IDENTITY
     gated = gate is not None
     g = up if gate is None else gate

@@ -46,6 +46,7 @@ def workspace_size(
     activation: Activation = SWIGLU,
     reduce: bool = True,
     batch_invariant: bool = False,
+    config: LayerConfig | None = None,
     target: Target | None = None,
 ) -> int:
     """Bytes of scratch memory for calls of up to `num_tokens` tokens.
@@ -54,7 +55,7 @@ def workspace_size(
         shape: the layer; `num_experts` counts the experts on this device.
         num_tokens: the largest call.
         dtype: of hidden states and weights.
-        activation, reduce, batch_invariant: as the calls pass them.
+        activation, reduce, batch_invariant, config: as the calls pass them.
         target: the machine; probed if None.
 
     Returns:
@@ -65,7 +66,7 @@ def workspace_size(
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
     # The grouped path needs more than decode does, so it bounds every smaller call too.
-    return sum(buffer_sizes(problem, schedule(problem, machine)))
+    return sum(buffer_sizes(problem, config or schedule(problem, machine)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from .activation import Activation
 from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
 from .experts import grouped_gemm_into, suits_descriptor
-from .launch import recording
+from .launch import on_device, recording, tf32_allowed
 from .plan import carve_counts, carve_plan, plan_into
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
-from .workspace import ALIGNMENT, buffer_sizes, carve
+from .workspace import buffer_sizes, carve
 
 
 def problem_of(
@@ -70,50 +70,37 @@ def forward_into(
 
     Args:
         out: [num_tokens, hidden_size], or [num_tokens, top_k, hidden_size] if not `reduce`.
-        workspace: uint8, 256-byte aligned, at least `workspace_size` bytes; contents don't matter.
+        workspace: uint8, contiguous, 16-byte aligned, at least `workspace_size` bytes; its
+            contents don't matter.
         config: a `LayerConfig` as JSON, or "" to choose.
         target: the machine; probed if None.
         Others: as `tilewise.fused_experts`, weights as views.
     """
     if topk_ids.shape[0] == 0:
         return
+    _check_out(out, hidden_states, topk_ids.shape[1], reduce)
+    if workspace is not None:
+        _check_workspace(workspace, hidden_states.device)
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()  # The kernels index it without a stride.
     args = (
         hidden_states, gate, up, down, gate_bias, up_bias, down_bias, topk_weights, topk_ids,
         activation, expert_map, apply_router_weight_on_input, reduce, batch_invariant, config,
     )  # fmt: skip
-    if not (replay.SUPPORTED and hidden_states.is_cuda and target is None):
-        _launch(out, workspace, *args, target=target or Target.probe(hidden_states.device))
-        return
-    key = _call_key(out, workspace, *args)
-    known = _REPLAYS.get(key)
-    if known is None or replay.profiler_listens():
-        known = _record(out, workspace, *args)
-        if len(_REPLAYS) >= MAX_REPLAYS:  # Oldest first: dicts keep their order.
-            del _REPLAYS[next(iter(_REPLAYS))]
-        _REPLAYS[key] = known
-        return
-    repeat, size = known
-    device = hidden_states.device
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    repeat.run(
-        (
-            workspace.data_ptr(),
-            out.data_ptr(),
-            hidden_states.data_ptr(),
-            topk_weights.data_ptr(),
-            topk_ids.data_ptr(),
-        ),
-        torch._C._cuda_getCurrentRawStream(device.index),
-    )
+    with on_device(hidden_states.device):
+        if replay.SUPPORTED and hidden_states.is_cuda and target is None:
+            _repeat_or_record(out, workspace, *args)
+        else:
+            machine = target or Target.probe(hidden_states.device)
+            _launch(out, workspace, *args, target=machine)
 
 
-# (layer, number of tokens, options) -> its launches; an engine needs layers x captured batches.
+# (shapes, options) -> launches. Layers alike share them, so this is token counts times shapes.
 MAX_REPLAYS = 16384
 _REPLAYS: dict[tuple[Any, ...], tuple[replay.Replay, int]] = {}
 
 
-def _call_key(
+def _repeat_or_record(
     out: torch.Tensor,
     workspace: torch.Tensor | None,
     x: torch.Tensor,
@@ -128,39 +115,48 @@ def _call_key(
     activation: Activation,
     expert_map: torch.Tensor | None,
     *options: Any,
-) -> tuple[Any, ...]:
-    """Everything that decides a call's launches but the addresses that `Replay.run` takes.
-
-    Addresses of weights stand for themselves; of the others only the alignment matters, which
-    Triton specialises on.
-    """
-    return (
-        x.shape, x.stride(), x.dtype, x.device.index, topk_ids.shape, topk_ids.stride(),
-        topk_ids.dtype, topk_weights.stride(), topk_weights.dtype, out.stride(),
-        x.data_ptr() % 16, topk_ids.data_ptr() % 16, topk_weights.data_ptr() % 16,
-        out.data_ptr() % 16, out.data_ptr() == x.data_ptr(),
-        0 if workspace is None else workspace.numel(),
-        0 if workspace is None else workspace.data_ptr() % ALIGNMENT,
-        *_identity(gate), *_identity(up), *_identity(down), *_identity(gate_bias),
-        *_identity(up_bias), *_identity(down_bias), *_identity(expert_map), activation, options,
-        torch.get_float32_matmul_precision() if x.dtype is torch.float32 else None,
+) -> None:
+    """Repeats the launches of a call alike if there was one, else launches and remembers them."""
+    tensors = (
+        out, x, topk_weights, topk_ids, gate, up, down, gate_bias, up_bias, down_bias, expert_map,
     )  # fmt: skip
-
-
-def _identity(t: torch.Tensor | None) -> tuple[Any, ...]:
-    return (None,) if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype)
-
-
-def _record(
-    out: torch.Tensor, workspace: torch.Tensor | None, hidden_states: torch.Tensor, *args: Any
-) -> tuple[replay.Replay, int]:
-    """Runs the call the ordinary way and keeps its launches."""
-    with recording() as launches:
-        target = Target.probe(hidden_states.device)
-        workspace = _launch(out, workspace, hidden_states, *args, target=target)
-    topk_weights, topk_ids = args[6], args[7]
-    buffers = (out, hidden_states, topk_weights, topk_ids)
-    return replay.Replay(launches, workspace, buffers), workspace.numel()
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    # Everything that decides the launches but the addresses themselves: of these, the alignment
+    # that Triton specialises on, which tensors are the same, and how far up lies from gate.
+    key = (
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+        *[address % 16 for address in addresses],
+        x.device.index,
+        len(set(addresses)),
+        addresses[0] == addresses[1],
+        0 if gate is None else addresses[5] - addresses[4],
+        None if workspace is None else workspace.numel(),
+        activation,
+        options,
+        tf32_allowed() if x.dtype is torch.float32 else None,
+    )
+    known = _REPLAYS.get(key)
+    if known is None or replay.profiler_listens():
+        with recording() as launches:
+            workspace = _launch(
+                out, workspace, x, gate, up, down, gate_bias, up_bias, down_bias, topk_weights,
+                topk_ids, activation, expert_map, *options, target=Target.probe(x.device),
+            )  # fmt: skip
+        repeat = replay.Replay(launches, workspace, [t for t in tensors if t is not None])
+        while len(_REPLAYS) >= MAX_REPLAYS:  # Oldest first: dicts keep their order.
+            _REPLAYS.pop(next(iter(_REPLAYS), key), None)
+        _REPLAYS[key] = (repeat, workspace.numel())
+        return
+    repeat, size = known
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    repeat.run(
+        [
+            workspace.data_ptr(),
+            *(a for a, t in zip(addresses, tensors, strict=True) if t is not None),
+        ],
+        torch._C._cuda_getCurrentRawStream(x.device.index),
+    )
 
 
 def _launch(
@@ -191,7 +187,11 @@ def _launch(
     sizes = buffer_sizes(problem, layer)
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=hidden_states.device)
-    _check_workspace(workspace, sum(sizes))
+    if workspace.numel() < sum(sizes):
+        raise ValueError(
+            f"workspace has {workspace.numel()} bytes, this call needs {sum(sizes)}: "
+            "size it with tilewise.workspace_size()"
+        )
     ints, act, rows = carve(workspace, sizes, hidden_states.dtype)
     num_experts = up.shape[0] if expert_map is None else expert_map.shape[0]
     num_rows = num_tokens * top_k
@@ -215,17 +215,25 @@ def _launch(
     return workspace
 
 
-def _check_workspace(workspace: torch.Tensor, size: int) -> None:
+def _check_out(out: torch.Tensor, x: torch.Tensor, top_k: int, reduce: bool) -> None:
+    shape = (x.shape[0], x.shape[1]) if reduce else (x.shape[0], top_k, x.shape[1])
+    if out.shape != shape or out.dtype is not x.dtype or out.device != x.device:
+        raise ValueError(
+            f"out must be {shape} {x.dtype} on {x.device}, got {tuple(out.shape)} {out.dtype} on "
+            f"{out.device}"
+        )
+    if out.stride(-1) != 1:
+        raise ValueError(f"out must have unit last stride, got strides {out.stride()}")
+
+
+def _check_workspace(workspace: torch.Tensor, device: torch.device) -> None:
     if workspace.dtype is not torch.uint8 or not workspace.is_contiguous():
         raise ValueError(
             f"workspace must be contiguous uint8, got {workspace.dtype}, "
             f"strides {workspace.stride()}"
         )
-    if workspace.numel() < size:
-        raise ValueError(
-            f"workspace has {workspace.numel()} bytes, this call needs {size}: "
-            "size it with tilewise.workspace_size()"
-        )
+    if workspace.device.type != device.type and workspace.device.type != "meta":
+        raise ValueError(f"workspace is on {workspace.device}, hidden_states on {device}")
     if workspace.data_ptr() % 16:
         raise ValueError("workspace must be 16-byte aligned: fresh torch.empty() memory is")
 

@@ -52,12 +52,30 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
     """
     if dtype is not torch.float32 or target.backend != "cuda":
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def tf32_allowed() -> bool:
+    """Whether the user let torch's fp32 products on NVIDIA use TF32, by either of its switches."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if precision != "none":
+        return bool(precision == "tf32")
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # The newer switch is in use elsewhere, and torch refuses to mix them.
+        return False
 
 
 def upcast_dot(dtype: torch.dtype) -> bool:
     """Whether kernels must widen operands of a dot: the interpreter gets bf16 products wrong."""
     return INTERPRETED and dtype is torch.bfloat16
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes `device` current: Triton launches on the current device, wherever its arguments are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from ..models import MoEShape
 from ..ragged import Ragged
 from . import ops
 from .activation import SWIGLU, Activation
-from .checks import check_experts_args, check_route_args
+from .checks import ID_DTYPES, check_experts_args, check_route_args
 from .schedule import LayerConfig
 from .weights import ExpertWeights
 
@@ -92,7 +92,14 @@ def plan(
         raise ValueError(
             f"expert_map must be [num_experts={num_experts}], got {tuple(expert_map.shape)}"
         )
+    if topk_ids.dim() != 2 or topk_ids.dtype not in ID_DTYPES:
+        raise ValueError(
+            "topk_ids must be int32 or int64 [num_tokens, top_k], got "
+            f"{topk_ids.dtype} {tuple(topk_ids.shape)}"
+        )
     local = num_experts if num_local_experts is None else num_local_experts
+    if local < 1:
+        raise ValueError(f"num_local_experts={local} must be at least 1")
     if expert_map is None and local != num_experts:
         raise ValueError("num_local_experts differs from num_experts: pass an expert_map")
     return Ragged(*torch.ops.tilewise.plan(topk_ids, local, expert_map))
@@ -152,6 +159,9 @@ def fused_experts(
         expert_map=expert_map,
         apply_router_weight_on_input=apply_router_weight_on_input,
     )
+    tensors = (
+        hidden_states, weights.gate, weights.up, weights.down, topk_weights, topk_ids, expert_map,
+    )  # fmt: skip
     args = (
         hidden_states,
         weights.gate,
@@ -183,7 +193,7 @@ def fused_experts(
     if out is None:
         if workspace is not None:
             raise ValueError("workspace is given without out: pass out too, or neither")
-        if _plain_call(hidden_states, wants_grad):
+        if _plain_call(wants_grad, *tensors):
             return ops.fused_experts_accelerator(*args)
         result: torch.Tensor = torch.ops.tilewise.fused_experts(*args)
         return result
@@ -198,7 +208,7 @@ def fused_experts(
             f"out must be {shape} {hidden_states.dtype} with unit last stride, got "
             f"{tuple(out.shape)} {out.dtype} strides {out.stride()}"
         )
-    if _plain_call(hidden_states, wants_grad):
+    if _plain_call(wants_grad, *tensors, out):
         return ops.fused_experts_accelerator(*args, out=out, workspace=workspace)
     torch.ops.tilewise.fused_experts_out(out, workspace, *args)
     return out
@@ -221,11 +231,15 @@ def _requires_grad(
     return None
 
 
-def _plain_call(x: torch.Tensor, wants_grad: str | None) -> bool:
+_PLAIN_TYPES = frozenset((torch.Tensor, nn.Parameter, type(None)))
+
+
+def _plain_call(wants_grad: str | None, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether nothing listens to the dispatcher: going past it saves 20 us of CPU time a call."""
     return (
-        type(x) is torch.Tensor
-        and x.is_cuda
+        x.is_cuda
+        and type(x) in _PLAIN_TYPES
+        and all(type(t) in _PLAIN_TYPES for t in others)
         and wants_grad is None
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -262,6 +276,12 @@ def fused_moe(
     Returns:
         [num_tokens, hidden_size], dtype of `hidden_states`.
     """
+    num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
+    if router_weight.dim() != 2 or router_weight.shape[0] != num_experts:
+        raise ValueError(
+            f"router_weight is {tuple(router_weight.shape)}, but there are {num_experts} experts: "
+            "it must be [num_experts, hidden_size], and experts held elsewhere need an expert_map"
+        )
     logits = nn.functional.linear(hidden_states, router_weight.to(hidden_states.dtype))
     topk_weights, topk_ids = route(
         logits,

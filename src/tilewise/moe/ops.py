@@ -15,6 +15,7 @@ from ..ragged import Ragged
 from . import cpu
 from .activation import Activation
 from .forward import forward_into
+from .launch import on_device
 from .plan import count_ints, plan_into
 from .route import route_into
 from .weights import ExpertWeights
@@ -63,7 +64,8 @@ def _route_empty(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor,
 
 def _route_accelerator(router_logits: torch.Tensor, top_k: int, *options: Any) -> Any:
     weights, ids = _route_empty(router_logits, top_k)
-    route_into(weights, ids, router_logits, top_k, *options)
+    with on_device(router_logits.device):
+        route_into(weights, ids, router_logits, top_k, *options)
     return weights, ids
 
 
@@ -108,7 +110,10 @@ def _plan_accelerator(
     ragged = Ragged(*_plan_empty(topk_ids, num_local_experts))
     num_experts = num_local_experts if expert_map is None else expert_map.shape[0]
     counts = topk_ids.new_empty(count_ints(topk_ids.numel(), num_local_experts), dtype=torch.int32)
-    plan_into(ragged, counts, topk_ids, num_experts, expert_map)
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()  # The kernels index it without a stride.
+    with on_device(topk_ids.device):
+        plan_into(ragged, counts, topk_ids, num_experts, expert_map)
     return ragged.sizes, ragged.offsets, ragged.gather, ragged.scatter
 
 

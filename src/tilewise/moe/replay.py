@@ -40,8 +40,8 @@ class _Descriptor:
 
     __slots__ = ("base", "padding", "shape", "strides")
 
-    def __init__(self, descriptor: TensorDescriptor) -> None:
-        self.base = _Address(descriptor.base.data_ptr())
+    def __init__(self, address: int, descriptor: Any) -> None:
+        self.base = _Address(address)
         self.shape = descriptor.shape
         self.strides = descriptor.strides
         self.padding = descriptor.padding
@@ -77,7 +77,7 @@ class Replay:
             for position, arg in enumerate(launch.args):
                 if isinstance(arg, TensorDescriptor):
                     address = arg.base.data_ptr()
-                    args.append(_Descriptor(arg))
+                    args.append(_Descriptor(address, arg))
                 elif isinstance(arg, torch.Tensor):
                     address = arg.data_ptr()
                     args.append(address)
@@ -99,11 +99,9 @@ class Replay:
         for run, (x, y, z), function, metadata, template, slots in self._steps:
             args = template.copy()
             for position, buffer, offset in slots:
-                value = args[position]
-                if type(value) is int:
-                    args[position] = addresses[buffer] + offset
-                else:
-                    value.base.address = addresses[buffer] + offset
+                address, value = addresses[buffer] + offset, args[position]
+                # A new descriptor for every call: other threads may be repeating the same one.
+                args[position] = address if type(value) is int else _Descriptor(address, value)
             run(x, y, z, stream, function, metadata, None, None, None, *args)
 
 

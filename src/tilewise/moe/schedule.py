@@ -14,6 +14,7 @@ from ..target import Target
 # Up to this many tokens every program streams its own expert; measured in docs/performance.md.
 DECODE_TOKENS = 2
 DECODE_TOP_K = 32
+MAX_GRID_Y = 65535
 # The batch that batch-invariant calls choose for, whatever theirs is: a tile of 64 rows serves all.
 INVARIANT_TOKENS = 512
 
@@ -98,6 +99,31 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     return LayerConfig("grouped", choose(gate_up, target), choose(down, target))
 
 
+def _check_decode(config: LayerConfig, problem: LayerProblem, target: Target) -> None:
+    if problem.num_tokens * problem.top_k > MAX_GRID_Y:
+        raise ValueError(
+            f"config.path='decode' takes up to {MAX_GRID_Y} assignments, this call has "
+            f"{problem.num_tokens * problem.top_k}: use 'grouped'"
+        )
+    for name in ("gate_up", "down"):
+        stream = getattr(config, name)
+        matrices = 2 if name == "gate_up" and problem.gated else 1
+        lanes = 32 * stream.num_warps
+        if stream.num_warps * target.warp_size > 1024:
+            raise ValueError(f"config.{name}={stream} has more than 1024 threads")
+        if stream.block_n * stream.block_k * matrices > 256 * lanes:
+            raise ValueError(
+                f"config.{name}={stream} needs more than 256 accumulators a lane: shrink block_n "
+                "or block_k, or use more warps"
+            )
+        staged = matrices * stream.block_n * stream.block_k * problem.itemsize * stream.num_stages
+        if target.backend != "cpu" and staged > target.shared_memory:
+            raise ValueError(
+                f"config.{name}={stream} needs {staged} B of shared memory, {target.arch} has "
+                f"{target.shared_memory} B"
+            )
+
+
 @functools.lru_cache(maxsize=1024)
 def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> LayerConfig:
     """A caller's configuration, refused with the reason if it cannot run here."""
@@ -105,6 +131,7 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
     if config.path == "decode":
         if not problem.reduce:
             raise ValueError("config.path='decode' always reduces; use 'grouped' for reduce=False")
+        _check_decode(config, problem, target)
         return config
     for name, gemm in zip(("gate_up", "down"), problem.gemms(), strict=True):
         kernel_config = getattr(config, name)

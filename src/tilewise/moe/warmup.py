@@ -96,14 +96,27 @@ def warmup(
     target = Target.probe(device)
     if target.backend == "cpu":
         return []
+    shapes = [shapes] if isinstance(shapes, MoEShape) else list(shapes)
+    if weights is not None:
+        given = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
+        for shape in shapes:
+            wanted = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+            if wanted != given or weights.is_gated is not activation.is_gated:
+                raise ValueError(
+                    f"weights of (experts, hidden, intermediate) {given} do not go with {shape} "
+                    f"and activation {activation.kind!r}: warm up one layer at a time"
+                )
     jobs: list[tuple[MoEShape, ExpertWeights, int]] = []
-    for shape in [shapes] if isinstance(shapes, MoEShape) else shapes:
+    for shape in shapes:
         w = weights or meta_weights(shape, dtype, activation, bias)
         for tokens in representative_tokens(w, shape.top_k, max_tokens, batch_invariant, target):
             jobs.append((shape, w, tokens))
+    where = torch.device(device or "cuda")
+    if where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
     keys: set[str] = set()
     for done, (shape, w, tokens) in enumerate(jobs):
-        with launching.compile_only() as compiled:
+        with launching.on_device(where), launching.compile_only() as compiled:
             _call(
                 shape, w, tokens, target, activation, topk_ids_dtype, topk_weights_dtype,
                 expert_map, apply_router_weight_on_input, reduce, batch_invariant,

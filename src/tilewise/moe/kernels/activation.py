@@ -23,7 +23,7 @@ def _gelu_tanh(x):
 
 @triton.jit
 def _squared_relu(x):
-    r = tl.maximum(x, 0.0)
+    r = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return r * r
 
 
@@ -31,13 +31,13 @@ def _squared_relu(x):
 def activate(
     gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr
 ):
-    """`act(gate) * (up + BETA)`, or `act(up)` for the kinds without a gate."""
+    """`act(gate) * (up + BETA)`, or `act(up)` for the kinds without a gate. NaN stays NaN."""
     if LIMIT is not None:
         if KIND == "silu" or KIND == "gelu" or KIND == "gelu_tanh" or KIND == "relu2":
-            up = tl.minimum(up, LIMIT)
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         else:
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.clamp(up, -LIMIT, LIMIT)
+            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "swiglu":
         out = gate * tl.sigmoid(ALPHA * gate) * (up + BETA)
     elif KIND == "geglu":

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["stride_wt"])
+@triton.jit(do_not_specialize=["stride_wt"], do_not_specialize_on_alignment=["weights_ptr"])
 def combine_kernel(
     rows_ptr,  # [num_rows, hidden_size]
     scatter_ptr,  # int32 [num_tokens * top_k], row of an assignment or -1
@@ -15,6 +15,7 @@ def combine_kernel(
     stride_wt,
     stride_wk,
     stride_om,
+    stride_os,
     ROUTER_WEIGHT: tl.constexpr,
     REDUCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -26,9 +27,11 @@ def combine_kernel(
     if REDUCE:
         first = item * top_k
         count = top_k
+        out_ptr += item * stride_om
     else:
         first = item
         count = 1
+        out_ptr += (item // top_k) * stride_om + (item % top_k) * stride_os
 
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for slot in tl.range(0, count, loop_unroll_factor=4):
@@ -47,4 +50,4 @@ def combine_kernel(
             )
             values *= weight.to(tl.float32)
         acc += values
-    tl.store(out_ptr + item * stride_om + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)
+    tl.store(out_ptr + cols, acc.to(out_ptr.dtype.element_ty), mask=col_mask)

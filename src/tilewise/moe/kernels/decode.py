@@ -29,7 +29,8 @@ def one_expert(
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"]
+    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr", "row_weights_ptr"],
 )
 def decode_gate_up_kernel(
     x_ptr,  # [num_tokens, K]
@@ -102,7 +103,8 @@ def decode_gate_up_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"]
+    do_not_specialize=["num_experts", "num_local_experts", "top_k", "stride_it", "stride_rt"],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr", "row_weights_ptr"],
 )
 def decode_down_kernel(
     act_ptr,  # [num_tokens * top_k, K]

@@ -213,7 +213,10 @@ def grouped_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"])
+@triton.jit(
+    do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"],
+    do_not_specialize_on_alignment=["row_weights_ptr"],
+)
 def grouped_gemm_kernel(
     x_ptr,  # [num_tokens, K] gathered, or [num_rows, K] in order; a descriptor if X_DESCRIPTOR
     gate,  # [num_segments, N, K] by three strides, or a descriptor; `up` again if not GATED; a

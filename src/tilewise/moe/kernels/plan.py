@@ -24,16 +24,17 @@ def local_expert(
         ids = tl.load(ids_ptr + token * stride_t + (offs % top_k) * stride_k, mask=mask, other=-1)
     valid = (ids >= 0) & (ids < num_experts)
     if HAS_MAP:
-        local = tl.load(map_ptr + ids, mask=valid, other=-1).to(tl.int32)
+        local = tl.load(map_ptr + ids, mask=valid, other=-1)
         # A map that names an expert this device lacks must not reach past its weights.
-        local = tl.where(local < num_local_experts, local, -1)
+        local = tl.where((local >= 0) & (local < num_local_experts), local, -1).to(tl.int32)
     else:
         local = tl.where(valid, ids, -1).to(tl.int32)
     return local
 
 
 @triton.jit(
-    do_not_specialize=["num_assignments", "num_experts", "num_local_experts", "top_k", "stride_t"]
+    do_not_specialize=["num_assignments", "num_experts", "num_local_experts", "top_k", "stride_t"],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr"],
 )
 def plan_kernel(
     ids_ptr,  # int [num_tokens, top_k], strided
@@ -100,7 +101,8 @@ def plan_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_assignments", "num_experts", "num_local_experts", "top_k", "stride_t"]
+    do_not_specialize=["num_assignments", "num_experts", "num_local_experts", "top_k", "stride_t"],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr"],
 )
 def plan_count_kernel(
     ids_ptr,  # int [num_tokens, top_k], strided
@@ -135,7 +137,8 @@ def plan_count_kernel(
 @triton.jit(
     do_not_specialize=[
         "num_assignments", "num_experts", "num_local_experts", "num_chunks", "top_k", "stride_t",
-    ]
+    ],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr"],
 )  # fmt: skip
 def plan_place_kernel(
     ids_ptr,  # int [num_tokens, top_k], strided
