@@ -17,7 +17,9 @@ help: ## list the targets
 demo: ## a Mixture-of-Experts model generating through Tilewise, checked against its own code
 	$(RUN) run -m tilewise.cli demo $(ARGS)
 
-test: test-cpu test-compile-here ## everything that runs without a GPU
+test: ## everything that runs without a GPU
+	@$(MAKE) --no-print-directory test-compile-here; compiled=$$?; \
+	$(MAKE) --no-print-directory test-cpu && exit $$compiled
 
 # The interpreter must be chosen before the kernels are imported.
 test-cpu: ## units, kernels in Triton's interpreter, integrations, examples

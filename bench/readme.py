@@ -34,7 +34,9 @@ def ratio(row: dict[str, Any], peer: str) -> float | None:
     return None if us is None else us / row["floor_us"]
 
 
-def section(layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, Any]) -> str:
+def section(
+    layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, Any], engine: dict[str, Any]
+) -> str:
     """Markdown between the markers."""
     rows = layer["rows"]
     tokens = sorted({row["T"] for row in rows})
@@ -43,7 +45,8 @@ def section(layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, An
         f"One {meta['hardware']}, bf16, {len(rows)} cells: eight layers x token counts x three "
         "routings. Time over the floor, the larger of",
         "compulsory bytes over copy bandwidth and FLOPs over the matrix rate; geometric means, "
-        "smaller is better, 1 is the floor.",
+        "smaller is better. Reads alone",
+        "can beat a copy's bandwidth, so single cells reach 0.92.",
         "",
         "| tokens | " + " | ".join(str(t) for t in tokens) + " | all |",
         "|---" * (len(tokens) + 2) + "|",
@@ -63,6 +66,10 @@ def section(layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, An
     vllm = sorted(float(v["us"]) for v in _host_values(host, "vllm"))
     lines += [
         "",
+        "A whole vLLM 0.24 engine, random weights, CUDA graphs, ms a decode step with the plug-in and "
+        "without:",
+        f"{_engine_steps(engine)} (`python -m bench.vllm_engine`).",
+        "",
         f"**Where we lose:** some peer is faster in {len(slower)} of {len(rows)} cells, "
         f"{large} of them at 2048 tokens and more, by up to {worst:.0%}.",
         "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`.",
@@ -80,6 +87,16 @@ def section(layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, An
     return "\n".join(lines)
 
 
+def _engine_steps(engine: dict[str, Any]) -> str:
+    """ "model: batch 1 3.82 and 4.23, ..." for every model of the engine's results."""
+    models = []
+    for model, document in engine.items():
+        ours, theirs = (document["runs"][mode]["step_ms"] for mode in ("on", "off"))
+        steps = ", ".join(f"batch {b} {ours[b]:.2f} and {theirs[b]:.2f}" for b in ours)
+        models.append(f"{model}: {steps}")
+    return "; ".join(models)
+
+
 def _noise(meta: dict[str, Any]) -> str:
     noise = meta["noise"]["vllm"]
     return f"{noise['median']:.1%} (median), {noise['p95']:.1%} (95%)"
@@ -91,13 +108,13 @@ def _host_values(host: dict[str, Any], peer: str) -> list[dict[str, float]]:
 
 def updated(readme: str) -> str:
     """`readme` with the section written anew."""
-    layer, host, invariant = (
+    layer, host, invariant, engine = (
         json.loads((RESULTS / f"h200_{name}.json").read_text())
-        for name in ("bf16_moe", "host_cost", "batch_invariant")
+        for name in ("bf16_moe", "host_cost", "batch_invariant", "vllm_smoke")
     )
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{section(layer, host, invariant)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{section(layer, host, invariant, engine)}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -547,6 +547,8 @@ def main() -> int:
         known[options.model]["meta"].update(runs[mode].get("versions", {}))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(known, indent=1) + "\n")
+        if not runs[mode].get("complete"):
+            break  # The machine's time is scarce, and what is missing would be compared with.
     print(json.dumps(report, indent=1))
     print("batch   tilewise ms/step   vLLM ms/step   ratio")
     steps = [runs.get(mode, {}).get("step_ms", {}) for mode in ("on", "off")]

@@ -118,7 +118,7 @@ def install_torch(python: Path) -> tuple[str, ...]:
     constraints = ("--constraint", str(CONSTRAINTS.relative_to(ROOT)))
     if has_nvidia_gpu():
         say("NVIDIA GPU found: installing torch with CUDA, several GB")
-        require(install(python, "torch>=2.9"), "torch")
+        require(install(python, "torch>=2.10"), "torch")
         return ()
     if Path("/dev/kfd").exists():
         say("to use an AMD GPU, install torch for ROCm and start again; going on without")
@@ -129,10 +129,10 @@ def install_torch(python: Path) -> tuple[str, ...]:
     say("no NVIDIA GPU: looking for a CPU build of torch; pip may fail once or twice on the way")
     if install(python, cpu) or install(python, cpu, *pytorch_org):
         return constraints
-    if install(python, "torch>=2.9", *pytorch_org):
+    if install(python, "torch>=2.10", *pytorch_org):
         return ()
     say("no CPU build found: installing the default one, which can be several GB")
-    require(install(python, "torch>=2.9"), "torch")
+    require(install(python, "torch>=2.10"), "torch")
     return ()
 
 

@@ -583,7 +583,7 @@ def _roofline(plt: Any, results: dict[str, Any]) -> Any:
     axes.set_xlabel("FLOPs per compulsory byte (active weights, input, output)")
     axes.set_ylabel("TFLOP/s of the whole layer")
     figure.suptitle(
-        "Tilewise under the roofline", x=0.02, ha="left", fontsize=11.5, fontweight="bold"
+        "Tilewise against the roofline", x=0.02, ha="left", fontsize=11.5, fontweight="bold"
     )
     axes.set_title(
         f"{len(rows)} cells, a point each · {_where(results['meta'])}",

@@ -262,8 +262,8 @@ def self_test(device: str, target: Target) -> Iterator[Callable[[], Check]]:
             continue
         for name, (config, tokens, options) in layer_variants(target).items():
             kernel = "decode" if config is not None and config.path == "decode" else "grouped"
-            yield partial(test, "layer" if config is None else kernel, name,
-                          run=partial(_layer, device, dtype, config, tokens, **options))  # fmt: skip
+            run = partial(_layer, device, dtype, config, tokens, **options)
+            yield partial(test, "layer" if config is None else kernel, name, run=run)
         for reduce in (True, False):
             yield partial(test, "combine", "sum of slots" if reduce else "each slot",
                           run=partial(_combine, device, dtype, reduce))  # fmt: skip
@@ -435,7 +435,7 @@ def _layer(
     # The second call repeats the first one's launches where that is supported.
     outs = [torch.full_like(x, float("nan")) for _ in range(2)]
     for out in outs:
-        ops.fused_experts_accelerator(*arguments, out=out)
+        ops.fused_experts_accelerator(*arguments, out=out)  # type: ignore[misc]
     if not torch.equal(*outs):
         return float("inf")
     return _error(outs[0], expected)

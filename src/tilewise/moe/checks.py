@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .activation import Activation
+from .activation import KINDS, Activation
 from .weights import ExpertWeights
 
 SCORING_FUNCS = ("softmax", "topk_softmax", "sigmoid")
@@ -63,6 +63,21 @@ def check_experts_args(
     apply_router_weight_on_input: bool = False,
 ) -> None:
     """Raises ValueError unless the tensors of a call fit together."""
+    if not isinstance(weights, ExpertWeights):
+        raise ValueError(
+            f"weights is a {type(weights).__name__}; build it with "
+            "ExpertWeights.from_gate_up(gate_up, down) or ExpertWeights.from_ungated(up, down)"
+        )
+    if not isinstance(activation, Activation):
+        raise ValueError(
+            f"activation={activation!r} must be an Activation: tilewise.Activation('swiglu') is "
+            f"SiLU of the gate times up; kinds: {', '.join(KINDS)}"
+        )
+    for name, tensor in (
+        ("hidden_states", hidden_states), ("topk_weights", topk_weights), ("topk_ids", topk_ids),
+    ):  # fmt: skip
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     x = hidden_states
     if x.dim() != 2 or x.shape[1] != weights.up.shape[2]:
         raise ValueError(
@@ -82,7 +97,10 @@ def check_experts_args(
     if topk_ids.shape[1] < 1:
         raise ValueError("topk_ids has no columns: top_k must be at least 1")
     if topk_ids.dtype not in ID_DTYPES:
-        raise ValueError(f"topk_ids is {topk_ids.dtype}; allowed: int32, int64")
+        swapped = (
+            " (are topk_weights and topk_ids swapped?)" if topk_ids.is_floating_point() else ""
+        )
+        raise ValueError(f"topk_ids is {topk_ids.dtype}; allowed: int32, int64{swapped}")
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(
             f"topk_weights is {tuple(topk_weights.shape)}, topk_ids {tuple(topk_ids.shape)}: "

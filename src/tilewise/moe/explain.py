@@ -22,6 +22,10 @@ def _problem(
     reduce: bool,
     batch_invariant: bool,
 ) -> LayerProblem:
+    if not isinstance(shape, MoEShape):
+        raise ValueError(
+            f"shape={shape!r} must be a MoEShape; tilewise.moe_shape('qwen3-30b-a3b') makes one"
+        )
     aligned = (shape.hidden_size * dtype.itemsize) % 16 == 0
     aligned = aligned and (shape.intermediate_size * dtype.itemsize) % 16 == 0
     return LayerProblem(

@@ -190,6 +190,8 @@ def fused_experts(
         "" if config is None else config.to_json(),
     )
     wants_grad = _requires_grad(hidden_states, weights, topk_weights)
+    if config is not None and not isinstance(config, LayerConfig):
+        raise ValueError(f"config={config!r} must be a tilewise.LayerConfig, or None to choose")
     if out is None:
         if workspace is not None:
             raise ValueError("workspace is given without out: pass out too, or neither")
@@ -386,6 +388,11 @@ class FusedMoE(FusedExperts):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """[..., hidden_size] -> [..., hidden_size]."""
+        if hidden_states.shape[-1] != self.shape.hidden_size:
+            raise ValueError(
+                f"hidden_states must end in hidden_size={self.shape.hidden_size}, got "
+                f"{tuple(hidden_states.shape)}"
+            )
         flat = hidden_states.reshape(-1, self.shape.hidden_size)
         output = fused_moe(
             flat,

@@ -41,6 +41,11 @@ class ExpertWeights:
         e, i, h = self.up.shape
         if not (e and i and h):
             raise ValueError(f"up is {(e, i, h)}: every size must be at least 1")
+        if self.up.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"weights are {self.up.dtype}; allowed: bfloat16, float16, float32. Quantised "
+                "weights are not supported yet: dequantise them first"
+            )
         device = self.up.device
         for name, tensor, shape in (
             ("gate", self.gate, (e, i, h)),
