@@ -66,7 +66,8 @@ def section(
     vllm = sorted(float(v["us"]) for v in _host_values(host, "vllm"))
     lines += [
         "",
-        "A whole vLLM 0.24 engine, random weights, CUDA graphs, ms a decode step with the plug-in and "
+        "A whole vLLM 0.24 engine, random weights, CUDA graphs, ms a decode step with the "
+        "plug-in and "
         "without:",
         f"{_engine_steps(engine)} (`python -m bench.vllm_engine`).",
         "",

@@ -4,23 +4,19 @@ python scripts/support_matrix.py           write it
 python scripts/support_matrix.py --check   exit with 1 if it is not current
 """
 
+# ruff: noqa: E501 - rows of a Markdown table stay on one line
+
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from tilewise.cli.doctor import RAN
-from tilewise.dispatch.config import KernelConfig, StreamConfig
-from tilewise.models import MODELS, MoEShape
 from tilewise.moe.activation import GATED_KINDS, UNGATED_KINDS
-from tilewise.moe.schedule import LayerProblem, schedule
 from tilewise.moe.weights import LAYOUTS
-from tilewise.target import CATALOGUE, Target
+from tilewise.target import CATALOGUE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "support.md"
-EXAMPLE = "qwen3-30b-a3b"
-TOKENS = (1, 32, 512, 8192)
 
 MACHINES = {
     "sm_80": "NVIDIA A100",
@@ -62,43 +58,13 @@ def machines() -> str:
     return table(header, rows)
 
 
-def tile(config: KernelConfig | StreamConfig) -> str:
-    """A configuration in a few characters."""
-    if isinstance(config, StreamConfig):
-        return f"{config.block_n}x{config.block_k}"
-    flags = ("s" * config.swap_operands) + ("d" * config.descriptors) + ("p" * config.persistent)
-    return f"{config.block_m}x{config.block_n}x{config.block_k}{' ' if flags else ''}{flags}"
-
-
-def problem(shape: MoEShape, tokens: int, itemsize: int) -> LayerProblem:
-    return LayerProblem(
-        tokens, shape.top_k, shape.num_experts, shape.hidden_size, shape.intermediate_size,
-        itemsize, True, True,
-    )  # fmt: skip
-
-
-def choices(itemsize: int) -> str:
-    rows = []
-    for arch in CATALOGUE:
-        cells = []
-        for tokens in TOKENS:
-            call = problem(MODELS[EXAMPLE], tokens, itemsize)
-            config = schedule(call, Target.from_arch(arch))
-            cells.append(f"{tile(config.gate_up)} · {tile(config.down)}")
-        rows.append([f"`{arch}`", *cells])
-    return table(["", *(f"{tokens:,} tokens" for tokens in TOKENS)], rows)
-
-
-def batch_invariant() -> str:
-    """Architectures on which the option leaves tiles free, because their bits do not depend on them."""
-    free = [arch for arch, target in CATALOGUE.items() if target.same_bits_any_tile]
-    call = replace(problem(MODELS[EXAMPLE], 1, 2), batch_invariant=True)
-    fixed = schedule(call, Target.from_arch("sm_80"))
+def same_bits() -> str:
+    """Where `batch_invariant` leaves tiles free, because bits do not depend on them."""
+    free = ", ".join(f"`{arch}`" for arch, target in CATALOGUE.items() if target.same_bits_any_tile)
     return (
-        f"On {', '.join(f'`{arch}`' for arch in free)} a row's bits were shown not to depend on "
-        "its tile, so `batch_invariant=True` only excludes the decode path. Elsewhere, and in "
-        "fp32, every batch of a layer runs one configuration, on `sm_80` for this one "
-        f"{tile(fixed.gate_up)} · {tile(fixed.down)}."
+        f"On {free} tests showed that a row's bits do not depend on its tile in 16 bits, so\n"
+        "`batch_invariant=True` only excludes the decode path. Elsewhere, and in fp32, every batch "
+        "of a\nlayer then runs one configuration."
     )
 
 
@@ -131,19 +97,14 @@ A chip that is not listed decides like the newest listed one that is not newer t
 | captured by | CUDA graphs, `torch.compile` with `fullgraph=True` |
 | not supported | gradients, quantised weights, communication between devices |
 
-## What would run
+## Batch invariance
 
-Tiles for one layer of {EXAMPLE} in bf16, gate+up · down. The first column is the decode path, columns x reduction
-step; the others rows x columns x reduction step, `s` with swapped operands, `d` with tensor descriptors, `p`
-persistent.
+{same_bits()}
 
-{choices(2)}
+## What a call would run
 
-The same in fp32:
-
-{choices(4)}
-
-{batch_invariant()}
+`tilewise explain MODEL --tokens N --arch ARCH` prints path, tiles, bytes and floor for every architecture above,
+without the machine.
 """
 
 

@@ -124,9 +124,15 @@ def _repeat_or_record(
     # Everything that decides the launches but the addresses themselves: of these, the alignment
     # that Triton specialises on, which tensors are the same, and how far up lies from gate.
     key = (
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
-        *[address % 16 for address in addresses],
-        x.device.index,
+        x.shape, x.stride(), x.dtype, x.device.index, out.stride(),
+        topk_ids.shape, topk_ids.stride(), topk_ids.dtype,
+        topk_weights.stride(), topk_weights.dtype,
+        # The other weights' shapes and dtypes follow from these; biases may be fp32.
+        up.shape, up.stride(), down.stride(),
+        None if gate is None else gate.stride(),
+        *[None if t is None else (t.stride(), t.dtype) for t in tensors[7:10]],
+        None if expert_map is None else (expert_map.shape, expert_map.dtype),
+        *[address & 15 for address in addresses],
         len(set(addresses)),
         addresses[0] == addresses[1],
         0 if gate is None else addresses[5] - addresses[4],
@@ -134,7 +140,7 @@ def _repeat_or_record(
         activation,
         options,
         tf32_allowed() if x.dtype is torch.float32 else None,
-    )
+    )  # fmt: skip
     known = _REPLAYS.get(key)
     if known is None or replay.profiler_listens():
         with recording() as launches:
@@ -142,7 +148,7 @@ def _repeat_or_record(
                 out, workspace, x, gate, up, down, gate_bias, up_bias, down_bias, topk_weights,
                 topk_ids, activation, expert_map, *options, target=Target.probe(x.device),
             )  # fmt: skip
-        repeat = replay.Replay(launches, workspace, [t for t in tensors if t is not None])
+        repeat = replay.Replay(launches, workspace, addresses)
         while len(_REPLAYS) >= MAX_REPLAYS:  # Oldest first: dicts keep their order.
             _REPLAYS.pop(next(iter(_REPLAYS), key), None)
         _REPLAYS[key] = (repeat, workspace.numel())
@@ -151,11 +157,7 @@ def _repeat_or_record(
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     repeat.run(
-        [
-            workspace.data_ptr(),
-            *(a for a, t in zip(addresses, tensors, strict=True) if t is not None),
-        ],
-        torch._C._cuda_getCurrentRawStream(x.device.index),
+        [workspace.data_ptr(), *addresses], torch._C._cuda_getCurrentRawStream(x.device.index)
     )
 
 

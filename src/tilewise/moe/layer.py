@@ -240,9 +240,9 @@ def _plain_call(wants_grad: str | None, x: torch.Tensor, *others: torch.Tensor |
     """Whether nothing listens to the dispatcher: going past it saves 20 us of CPU time a call."""
     return (
         x.is_cuda
-        and type(x) in _PLAIN_TYPES
-        and all(type(t) in _PLAIN_TYPES for t in others)
         and wants_grad is None
+        and type(x) in _PLAIN_TYPES
+        and _PLAIN_TYPES.issuperset(map(type, others))
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0

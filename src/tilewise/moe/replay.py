@@ -9,7 +9,6 @@ seen before, the recorded launches are repeated with the addresses that a call c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,10 @@ from .launch import INTERPRETED, Launch
 
 # `CompiledKernel.run`'s argument order was checked for these; others launch the ordinary way.
 SUPPORTED = triton.__version__.startswith("3.6.") and not INTERPRETED and torch.version.hip is None
+
+
+# One for each layer's weights and each address that scratch memory has had.
+MAX_DESCRIPTORS = 4096
 
 
 class _Address:
@@ -47,33 +50,27 @@ class _Descriptor:
         self.padding = descriptor.padding
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Argument `position` of a launch is address `buffer` of the call plus `offset` bytes."""
-
-    position: int
-    buffer: int
-    offset: int
-
-
 class Replay:
     """The launches of one call, ready to be repeated.
 
     Args:
         launches: as recorded.
         workspace: the call's scratch memory; a pointer into it is kept as an offset.
-        buffers: the other tensors whose addresses change from call to call.
+        addresses: of the other tensors of the call, in the order in which `run` takes them; 0 for
+            one that is not there.
     """
 
     def __init__(
-        self, launches: Sequence[Launch], workspace: torch.Tensor, buffers: Sequence[torch.Tensor]
+        self, launches: Sequence[Launch], workspace: torch.Tensor, addresses: Sequence[int]
     ) -> None:
         self._steps: list[tuple[Any, ...]] = []
+        # Descriptors are never changed once made, so threads may share them.
+        self._descriptors: dict[tuple[int, int, int], _Descriptor] = {}
         scratch = workspace.data_ptr()
-        places = {b.data_ptr(): i + 1 for i, b in enumerate(buffers)}
+        places = {address: i + 1 for i, address in enumerate(addresses) if address}
         for launch in launches:
             args: list[Any] = []
-            slots: list[_Slot] = []
+            slots: list[tuple[int, int, int]] = []  # argument, buffer, bytes past its start
             for position, arg in enumerate(launch.args):
                 if isinstance(arg, TensorDescriptor):
                     address = arg.base.data_ptr()
@@ -85,24 +82,35 @@ class Replay:
                     args.append(arg)
                     continue
                 if scratch <= address < scratch + workspace.numel():
-                    slots.append(_Slot(position, 0, address - scratch))
+                    slots.append((position, 0, address - scratch))
                 elif address in places:
-                    slots.append(_Slot(position, places[address], 0))
+                    slots.append((position, places[address], 0))
             compiled = launch.compiled
             self._steps.append(
                 (compiled.run, launch.grid, compiled.function, compiled.packed_metadata, args,
-                 [(s.position, s.buffer, s.offset) for s in slots])
+                 slots)
             )  # fmt: skip
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
         """Launches everything on `stream`; addresses of the workspace, then of the buffers."""
-        for run, (x, y, z), function, metadata, template, slots in self._steps:
+        for step, (run, (x, y, z), function, metadata, template, slots) in enumerate(self._steps):
             args = template.copy()
             for position, buffer, offset in slots:
                 address, value = addresses[buffer] + offset, args[position]
-                # A new descriptor for every call: other threads may be repeating the same one.
-                args[position] = address if type(value) is int else _Descriptor(address, value)
+                if type(value) is int:
+                    args[position] = address
+                else:
+                    args[position] = self._descriptor(step, position, address, value)
             run(x, y, z, stream, function, metadata, None, None, None, *args)
+
+    def _descriptor(self, step: int, position: int, address: int, like: _Descriptor) -> _Descriptor:
+        key = (step, position, address)
+        found = self._descriptors.get(key)
+        if found is None:
+            if len(self._descriptors) >= MAX_DESCRIPTORS:
+                self._descriptors.clear()
+            found = self._descriptors[key] = _Descriptor(address, like)
+        return found
 
 
 def profiler_listens() -> bool:
