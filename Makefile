@@ -32,6 +32,17 @@ test-compile-here:
 test-compile-newest: # without torch
 	$(RUN) triton-newest -m pytest tests/compile -n $(JOBS) $(ARGS)
 
+# Beside the tests' own version; --no-deps, since everything else is there. 5.10 wants older tokenizers.
+TRANSFORMERS_OLDEST = transformers==5.10.1 "tokenizers>=0.22,<0.23"
+TRANSFORMERS_NEWEST = transformers==5.23.0
+HOST_TESTS = tests/integrations/test_transformers.py tests/integrations/test_families.py
+
+test-transformers: ## the oldest and the newest transformers that are supported
+	$(RUN) test -m pip install -q --no-deps --target .hosts/oldest $(TRANSFORMERS_OLDEST)
+	PYTHONPATH=.hosts/oldest $(RUN) test -m pytest $(HOST_TESTS) -n $(JOBS)
+	$(RUN) test -m pip install -q --no-deps --target .hosts/newest $(TRANSFORMERS_NEWEST)
+	PYTHONPATH=.hosts/newest $(RUN) test -m pytest $(HOST_TESTS) -n $(JOBS)
+
 test-compile: test-compile-here test-compile-newest ## with the Triton of the tests, and the newest
 
 test-gpu: ## kernels and integrations on the GPU of this machine

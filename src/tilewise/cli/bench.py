@@ -202,13 +202,14 @@ def make_routing(
     "uniform"; "zipf", p(expert) ~ rank^-1.2 in a random order; "hot", the same experts for all.
     """
     device, experts = generator.device, shape.num_experts
-    if kind == "hot":
-        score = torch.rand(1, experts, generator=generator, device=device).expand(tokens, experts)
-    else:
-        score = torch.rand(tokens, experts, generator=generator, device=device)
+    p = None
     if kind == "zipf":
         rank = torch.arange(1, experts + 1, device=device, dtype=torch.float32)
         p = rank.pow(-1.2)[torch.randperm(experts, generator=generator, device=device)]
+        p = p / p.sum()
+    rows = 1 if kind == "hot" else tokens
+    score = torch.rand(rows, experts, generator=generator, device=device).expand(tokens, experts)
+    if p is not None:
         # The largest k of Gumbel noise plus log p are k distinct draws from p.
         score = p.log() - (-score.clamp(1e-9, 1 - 1e-7).log()).log()
     ids = score.topk(shape.top_k, dim=-1).indices.to(torch.int32).contiguous()
@@ -461,6 +462,7 @@ LABELS = {
     "tilewise": "Tilewise",
     "vllm": "vLLM",
     "vllm_dflt": "vLLM, untuned",
+    "sonic": "sonic-moe",
     "torch_gmm": "torch grouped_mm",
     "torch": "torch grouped_mm",
 }

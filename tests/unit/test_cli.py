@@ -1,0 +1,377 @@
+"""The commands: doctor, explain, bench; the page of supported machines; the Hub's package."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from tilewise.cli import app
+from tilewise.cli import bench as bench_module
+from tilewise.cli import doctor as doctor_module
+from tilewise.target import CATALOGUE, CPU, Target
+
+ROOT = Path(__file__).resolve().parents[2]
+# The command has its module's name, so an attribute of the package is the function.
+bench = sys.modules["tilewise.cli.bench"]
+doctor = sys.modules["tilewise.cli.doctor"]
+RUNNER = CliRunner()
+GOOD = {
+    "torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": "2.3.5", "cuda": "13.0",
+    "driver": "580.1.2", "hip": "", "python": "3.12.3",
+}  # fmt: skip
+
+
+def load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------- doctor
+
+
+@pytest.fixture
+def compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without TRITON_INTERPRET: in the interpreter a full self-test takes minutes."""
+    monkeypatch.setattr(doctor, "INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("compiled_path")
+def test_doctor_on_a_cpu() -> None:
+    result = RUNNER.invoke(app, ["doctor", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "no kernel runs without a GPU" in result.output
+    assert "checks passed" in result.output
+
+
+@pytest.mark.usefixtures("compiled_path")
+def test_doctor_json() -> None:
+    result = RUNNER.invoke(app, ["doctor", "--device", "cpu", "--json"])
+    report = json.loads(result.output)
+    assert report["ok"] and result.exit_code == 0
+    assert {check["kernel"] for check in report["checks"]} == {"route", "plan", "layer"}
+    assert {check["dtype"] for check in report["checks"]} >= set(doctor.DTYPES)
+    assert report["machine"]["arch"] == "cpu"
+
+
+@pytest.mark.usefixtures("compiled_path")
+def test_doctor_fails_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = doctor.cpu.fused_experts
+    monkeypatch.setattr(
+        doctor.cpu, "fused_experts", lambda *args, **kwargs: original(*args, **kwargs) * 1.05
+    )
+    result = RUNNER.invoke(app, ["doctor", "--device", "cpu", "--json"])
+    assert result.exit_code == 1
+    bad = [check for check in json.loads(result.output)["checks"] if not check["ok"]]
+    assert {check["kernel"] for check in bad} == {"layer"}
+
+
+@pytest.mark.usefixtures("compiled_path")
+def test_doctor_survives_a_check_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of registers\nmore")
+
+    monkeypatch.setattr(doctor.cpu, "plan", fail)
+    result = RUNNER.invoke(app, ["doctor", "--device", "cpu", "--json"])
+    assert result.exit_code == 1
+    bad = [check for check in json.loads(result.output)["checks"] if not check["ok"]]
+    assert {check["detail"] for check in bad} == {"RuntimeError: out of registers"}
+    assert {check["error"] for check in bad} == {None}
+
+
+@pytest.mark.skipif(not doctor.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kernel", ["route", "plan", "grouped", "decode", "combine"])
+def test_self_test_of_kernels(kernel: str) -> None:
+    """The checks that a GPU would run, one or two of each kernel, in the interpreter."""
+    jobs = [job for job in doctor.self_test("cpu", CPU) if job.args[0] == kernel]
+    chosen = [job for job in jobs if dtype_of(job) in ("fp32", "int32")]
+    if kernel == "grouped":
+        chosen = [job for job in chosen if job.args[1] in ("pointers", "descriptors, pair")]
+    assert chosen
+    for job in chosen:
+        result = job()
+        assert result.ok, result
+
+
+def dtype_of(job: Any) -> str:
+    return job.keywords["dtype"] if "dtype" in job.keywords else job.args[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", list(CATALOGUE))
+def test_self_test_is_legal_everywhere(arch: str, dtype: torch.dtype) -> None:
+    from tilewise.dispatch.config import GroupedGemm, KernelConfig, why_illegal
+
+    target = Target.from_arch(arch)
+    variants = doctor.layer_variants(target)
+    assert ("descriptors, pair" in variants) == target.tensor_descriptors
+    for config, tokens, _ in variants.values():
+        if config is None or config.path == "decode":
+            continue
+        for n, k, weights in ((96, 128, 2), (128, 96, 1)):
+            gemm = GroupedGemm(tokens * 2, tokens, 6, n, k, weights, dtype.itemsize, weights == 2)
+            assert isinstance(config.gate_up, KernelConfig)
+            assert why_illegal(config.gate_up, gemm, target) is None
+
+
+def levels(target: Target, **versions: str) -> dict[str, str]:
+    found = doctor.known(target, {**GOOD, **versions})
+    return {finding.text: finding.level for finding in found}
+
+
+def test_known_facts() -> None:
+    hopper = Target.from_arch("sm_90")
+    assert "bad" not in levels(hopper).values()
+    assert any("ran on an NVIDIA H200" in text for text in levels(hopper))
+    assert "bad" in levels(hopper, torch="2.8.0").values()
+    assert "bad" in levels(hopper, triton="").values()
+    assert "bad" in levels(hopper, driver="535.1").values()
+    numpy = levels(hopper, numpy="2.4.0")
+    assert any("interpreter fails with numpy 2.4.0" in text for text in numpy)
+    assert not any("interpreter fails" in text for text in levels(hopper, triton="3.7.0"))
+    assert any("one accumulator" in text for text in levels(Target.from_arch("sm_100")))
+    assert "bad" in levels(replace(hopper, arch="sm_75")).values()
+    assert any("not in the catalogue" in text for text in levels(replace(hopper, arch="sm_130")))
+    # A driver without a GPU that torch sees is a broken installation, no CPU machine.
+    assert "bad" in levels(CPU).values()
+    assert "bad" not in levels(CPU, driver="", cuda="").values()
+
+
+def test_only_measured_machines_are_said_to_have_run() -> None:
+    assert doctor.RAN == {"sm_90": "NVIDIA H200"}
+    for arch, target in CATALOGUE.items():
+        claims = [text for text in levels(target) if "the test suite ran" in text]
+        assert bool(claims) == (arch == "sm_90")
+
+
+# ---------------------------------------------------------------- explain
+
+
+def test_explain() -> None:
+    result = RUNNER.invoke(
+        app, ["explain", "deepseek-v3@tp8", "--tokens", "1,64", "--arch", "gfx942"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "256 experts, top 8, 7168 x 256" in result.output
+    assert "decode on gfx942" in result.output and "grouped on gfx942" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing"], ["qwen3-30b-a3b", "--arch", "sm_1"], ["qwen3-30b-a3b", "--tokens", "0"],
+     ["qwen3-30b-a3b", "--tokens", "many"], ["qwen3-30b-a3b", "--dtype", "int4"]],
+    ids=lambda a: a[-1],
+)  # fmt: skip
+def test_explain_refuses(arguments: list[str]) -> None:
+    assert RUNNER.invoke(app, ["explain", *arguments]).exit_code == 2
+
+
+# ---------------------------------------------------------------- bench
+
+
+def test_bench_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.json"
+    result = RUNNER.invoke(
+        app,
+        ["bench", "mixtral-8x7b", "--tokens", "1,4096", "--routings", "uniform,hot", "--peers",
+         "torch", "--rounds", "1", "--device", "cpu", "--out", str(out)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "CPU numbers mean nothing" in result.output
+    written = json.loads(out.read_text())
+    assert written["meta"]["meaningless"]
+    assert [(row["T"], row["routing"]) for row in written["rows"]] == [
+        (1, "uniform"), (1, "hot"), (32, "uniform"), (32, "hot"),
+    ]  # fmt: skip
+    for row in written["rows"]:
+        assert row["shape"] == "mixtral-8x7b (tiny)" and row["floor_us"] > 0
+        assert row["peers"]["tilewise"]["us"] > 0
+    again = RUNNER.invoke(app, ["bench", "--from", str(out)])
+    assert again.exit_code == 0 and "mixtral-8x7b (tiny)" in again.output
+
+
+def test_bench_times_no_wrong_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(gate_up: torch.Tensor, down: torch.Tensor) -> Any:
+        return lambda x, ids, weights: torch.zeros_like(x)
+
+    def broken(gate_up: torch.Tensor, down: torch.Tensor) -> Any:
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setitem(bench.PEERS, "torch", wrong)
+    monkeypatch.setitem(bench.PEERS, "json", broken)
+    result = RUNNER.invoke(
+        app, ["bench", "--tokens", "4", "--rounds", "1", "--device", "cpu", "--peers", "torch,json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "torch: ValueError: its result differs" in result.output
+    assert "json: RuntimeError: no such layer" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing"], ["--tokens", "0"], ["--tokens", "x"], ["--routings", "odd"], ["--peers", "odd"],
+     ["--dtype", "fp32"]],
+    ids=lambda a: "".join(a),
+)  # fmt: skip
+def test_bench_refuses(arguments: list[str]) -> None:
+    assert RUNNER.invoke(app, ["bench", "--device", "cpu", *arguments]).exit_code == 2
+
+
+@pytest.mark.parametrize("kind", bench.ROUTINGS)
+def test_routing(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = bench.MoEShape(32, 4, 16, 16)
+    ids, weights = bench.make_routing(kind, 200, shape, generator)
+    assert ids.dtype is torch.int32 and ids.shape == (200, 4)
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(200))
+    assert len(ids.unique()) == (4 if kind == "hot" else 32)
+
+
+def test_protocol_is_that_of_the_repository() -> None:
+    """The same routings and floors as bench/protocol.py, so that files can be compared."""
+    from bench import protocol
+
+    shape = bench.MoEShape(32, 4, 64, 48)
+    for kind in bench.ROUTINGS:
+        ours = bench.make_routing(kind, 50, shape, torch.Generator().manual_seed(3))
+        theirs = protocol.make_routing(kind, 50, 32, 4, torch.Generator().manual_seed(3))
+        assert torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1], theirs[1])
+    row = {"T": 50, "topk": 4, "H": 64, "I": 48, "active": 31.0}
+    target = replace(
+        Target.from_arch("sm_90"), memory_gbs=protocol.COPY_GBS, bf16_tflops=protocol.BF16_TFLOPS
+    )
+    expected = protocol.floors_us(50, protocol.Shape(32, 4, 64, 48), 31.0)[0]
+    assert math.isclose(bench.floor_us(row, target), expected)
+
+
+def test_charts_of_committed_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    committed = ROOT / "bench" / "results" / "h200_bf16_moe.json"
+    result = RUNNER.invoke(app, ["bench", "--from", str(committed), "--charts", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for name in ("speedup.png", "roofline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    committed = ROOT / "bench" / "results" / "h200_bf16_moe.json"
+    result = RUNNER.invoke(app, ["bench", "--from", str(committed), "--charts", str(tmp_path)])
+    assert result.exit_code == 2
+
+
+def test_commands_are_functions_of_their_modules() -> None:
+    assert bench_module is bench.bench and doctor_module is doctor.doctor
+
+
+# ---------------------------------------------------------------- the page, and the Hub's package
+
+
+def test_support_page_is_current() -> None:
+    matrix = load(ROOT / "scripts" / "support_matrix.py", "tilewise_support_matrix")
+    assert matrix.PAGE.read_text() == matrix.page(), "run python scripts/support_matrix.py"
+
+
+CHECK = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch
+
+# As `kernels` imports it: under its id, from outside sys.path, two versions side by side.
+def load(folder):
+    identity = json.loads((folder / "metadata.json").read_text())["id"]
+    spec = importlib.util.spec_from_file_location(identity, folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[identity] = module
+    spec.loader.exec_module(module)
+    return identity, module
+
+outputs = []
+for folder in map(Path, sys.argv[1:]):
+    identity, kernel = load(folder)
+    assert hasattr(getattr(torch.ops, identity), "fused_experts")
+    torch.manual_seed(0)
+    layer = kernel.FusedMoE(kernel.MoEShape(4, 2, 32, 16), dtype=torch.float32)
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        outputs.append(layer(x))
+        # Stateless: the class's forward runs on the module that it replaces.
+        weights, ids = kernel.route(x @ layer.router_weight.T, 2)
+        layer.act_fn = torch.nn.SiLU()
+        forward = kernel.layers.TilewiseExperts.forward
+        torch.testing.assert_close(forward(layer, x, ids.long(), weights), outputs[-1])
+        layer.act_fn = torch.nn.GELU()
+        try:
+            forward(layer, x, ids, weights)
+        except NotImplementedError:
+            pass
+        else:
+            raise AssertionError("another activation was taken for SiLU")
+assert torch.equal(*outputs)
+assert kernel.layers.TilewiseExperts.__init__ is torch.nn.Module.__init__
+assert "tilewise" not in sys.modules, "the kernel imports the installed package"
+"""
+
+
+def test_hub_package_runs(tmp_path: Path) -> None:
+    build = load(ROOT / "hub" / "build.py", "tilewise_hub_build")
+    folders = build.build(tmp_path)
+    assert [folder.name for folder in folders] == ["torch-cuda", "torch-rocm", "torch-cpu"]
+    identities = set()
+    for folder in folders:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        assert metadata["name"] == "tilewise" and metadata["id"].isidentifier()
+        identities.add(metadata["id"])
+        assert not (folder / "cli").exists() and not (folder / "integrations").exists()
+    assert len(identities) == len(folders)
+    arguments = [sys.executable, "-c", CHECK, str(folders[2]), str(folders[0])]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env={"PATH": ""})
+    assert done.returncode == 0, done.stderr
+
+
+def test_hub_build_is_repeatable(tmp_path: Path) -> None:
+    build = load(ROOT / "hub" / "build.py", "tilewise_hub_build")
+    texts = []
+    for name in ("a", "b"):
+        folders = build.build(tmp_path / name)
+        texts.append([(folder / "metadata.json").read_text() for folder in folders])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "line", ["import tilewise", "from tilewise.moe import cpu", "from ... import models",
+             'torch.ops.tilewise.route(x)'],
+)  # fmt: skip
+def test_hub_build_refuses_what_cannot_move(line: str) -> None:
+    build = load(ROOT / "hub" / "build.py", "tilewise_hub_build")
+    assert build.problems({"moe/bad.py": line})
+    assert not build.problems({"moe/good.py": "from ..models import MoEShape"})
+
+
+def test_kernels_loads_the_package(tmp_path: Path) -> None:
+    """With Hugging Face's own loader, where it is installed."""
+    kernels = pytest.importorskip("kernels")
+    build = load(ROOT / "hub" / "build.py", "tilewise_hub_build")
+    build.build(tmp_path / "build")
+    kernel = kernels.get_local_kernel(tmp_path, backend="cpu")
+    layer = kernel.FusedMoE(kernel.MoEShape(4, 2, 32, 16), dtype=torch.float32)
+    with torch.no_grad():
+        assert layer(torch.randn(3, 32)).isfinite().all()
