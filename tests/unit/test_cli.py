@@ -53,6 +53,7 @@ def compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled_path")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what a CPU gives")
 def test_doctor_on_a_cpu() -> None:
     result = RUNNER.invoke(app, ["doctor", "--device", "cpu"])
     assert result.exit_code == 0, result.output
@@ -61,6 +62,7 @@ def test_doctor_on_a_cpu() -> None:
 
 
 @pytest.mark.usefixtures("compiled_path")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what a CPU gives")
 def test_doctor_json() -> None:
     result = RUNNER.invoke(app, ["doctor", "--device", "cpu", "--json"])
     report = json.loads(result.output)
