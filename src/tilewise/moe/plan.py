@@ -138,6 +138,6 @@ def plan_into(
         CHUNK=CHUNK,
         EXPERTS=experts,
         ROWS=max(1, min(16, 8192 // experts)),
-        PART=32,
+        PART=16,
         num_warps=8,
     )
