@@ -1,8 +1,8 @@
-"""Reads from vLLM's sources what the plug-in relies on, for tests/integrations/vllm_contract.json.
+"""Reads from vLLM's and SGLang's sources what the plug-ins rely on, for tests/integrations/*.json.
 
 Command: ``python scripts/refresh_contracts.py WHEEL_OR_FOLDER...``; a wheel comes from
-``pip download --no-deps vllm==VERSION``. Nothing of vLLM is imported or run, and of its text only
-names are kept.
+``pip download --no-deps vllm==VERSION`` (or ``sglang``). Nothing of a host is imported or run, and
+of its text only names are kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = ROOT / "tests" / "integrations" / "vllm_contract.json"
 sys.path.insert(0, str(ROOT / "src"))
 
-from tilewise.integrations.vllm import FUNCTIONS, MEMBERS  # noqa: E402
+from tilewise.integrations import sglang, vllm  # noqa: E402
 
 EXPERTS = "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExpertsModular"
 ACTIVATION = "vllm.model_executor.layers.fused_moe.activation:MoEActivation"
@@ -32,15 +32,58 @@ class Sources:
         self.place = place
         self.archive = zipfile.ZipFile(place) if place.is_file() else None
         names = self.archive.namelist() if self.archive else [p.name for p in place.iterdir()]
-        found = {
-            match[1] for name in names if (match := re.match(r"vllm-([^/]+)\.dist-info", name))
-        }
-        (self.version,) = found
+        matches = (re.match(r"(vllm|sglang)-([^/]+)\.dist-info", name) for name in names)
+        found = {(match[1], match[2]) for match in matches if match}
+        ((self.host, self.version),) = found
+
+    def file(self, module: str) -> str:
+        """The path of a module, or of a package's ``__init__``."""
+        path = module.replace(".", "/")
+        held = (self.place / f"{path}.py").exists() if self.archive is None else (
+            f"{path}.py" in self.archive.namelist()
+        )  # fmt: skip
+        return f"{path}.py" if held else f"{path}/__init__.py"
 
     def module(self, name: str) -> ast.Module:
-        path = name.replace(".", "/") + ".py"
+        path = self.file(name)
         text = self.archive.read(path) if self.archive else (self.place / path).read_bytes()
         return ast.parse(text)
+
+    def definition(self, name: str) -> ast.ClassDef | ast.FunctionDef | None:
+        """What ``module:Name`` or ``module:Class.method`` is, imports of the module followed."""
+        module, _, path = name.partition(":")
+        tree = self.module(module)
+        body = tree.body
+        found: ast.ClassDef | ast.FunctionDef | None = None
+        for part in path.split("."):
+            named = (
+                node
+                for node in body
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part
+            )
+            found = next(named, None)
+            if found is None:
+                break
+            body = found.body
+        if found is not None:
+            return found
+        owner, _, method = path.partition(".")
+        for origin in self.origins(module, tree, owner, path):
+            return self.definition(origin)
+        bases = self.classes(f"{module}:{owner}")[1:] if method else []
+        for base in bases:
+            return self.definition(f"{module}:{base.name}.{method}")
+        return None
+
+    def origins(self, module: str, tree: ast.Module, owner: str, path: str) -> Iterator[str]:
+        """Where a module imports ``owner`` from."""
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and any(a.name == owner for a in node.names):
+                parts = module.split(".")
+                if self.file(module).endswith("/__init__.py"):
+                    parts.append("")
+                parents = parts[: -node.level] if node.level else []
+                yield ".".join([*parents, node.module or ""]) + f":{path}"
 
     def classes(self, name: str) -> list[ast.ClassDef]:
         """A class and its bases in the same module, in order of lookup."""
@@ -57,13 +100,10 @@ class Sources:
 
 
 def parameters(sources: Sources, name: str) -> list[str] | None:
-    owner, _, method = name.rpartition(".")
-    for node in sources.classes(owner):
-        for item in node.body:
-            if isinstance(item, ast.FunctionDef) and item.name == method:
-                a = item.args
-                return [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
-    return None
+    node = sources.definition(name)
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    return [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
 
 
 def members(node: ast.ClassDef) -> list[str]:
@@ -76,6 +116,12 @@ def members(node: ast.ClassDef) -> list[str]:
         elif isinstance(item, ast.Assign):
             names += [target.id for target in item.targets if isinstance(target, ast.Name)]
     return names
+
+
+def fields(node: ast.ClassDef) -> list[str]:
+    """The fields of a dataclass or a named tuple, in order."""
+    annotated = (item for item in node.body if isinstance(item, ast.AnnAssign))
+    return [item.target.id for item in annotated if isinstance(item.target, ast.Name)]
 
 
 def abstract(sources: Sources, name: str) -> list[str]:
@@ -98,27 +144,43 @@ def activations(sources: Sources) -> list[str]:
     ]
 
 
-def contract(sources: Sources) -> dict[str, object]:
+def of_vllm(sources: Sources) -> dict[str, object]:
     return {
-        "functions": {name: parameters(sources, name) for name in FUNCTIONS},
+        "functions": {name: parameters(sources, name) for name in vllm.FUNCTIONS},
         "members": {
             name: sorted({m for node in sources.classes(name) for m in members(node)} & set(wanted))
-            for name, wanted in MEMBERS.items()
+            for name, wanted in vllm.MEMBERS.items()
         },
         "abstract": abstract(sources, EXPERTS),
         "activations": activations(sources),
     }
 
 
+def of_sglang(sources: Sources) -> dict[str, object]:
+    owners = {name: sources.definition(name) for name in sglang.MEMBERS}
+    return {
+        "functions": {name: parameters(sources, name) for name in sglang.FUNCTIONS},
+        "members": {
+            name: fields(node) for name, node in owners.items() if isinstance(node, ast.ClassDef)
+        },
+    }
+
+
+def order(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", nargs="+", type=Path, help="wheels, or what was in them")
-    known = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
     for place in parser.parse_args().sources:
         sources = Sources(place)
-        known[sources.version] = contract(sources)
-        print("read vLLM", sources.version)
-    CONTRACT.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        path = ROOT / "tests" / "integrations" / f"{sources.host}_contract.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[sources.version] = {"vllm": of_vllm, "sglang": of_sglang}[sources.host](sources)
+        in_order = {version: known[version] for version in sorted(known, key=order)}
+        path.write_text(json.dumps(in_order, indent=1) + "\n")
+        print("read", sources.host, sources.version)
 
 
 if __name__ == "__main__":
