@@ -49,6 +49,11 @@ class Target:
         """Compute capability times ten on NVIDIA (90 for sm_90), 0 elsewhere."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
 
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start before the one ahead of it in its stream has ended."""
+        return self.capability >= 90
+
     @staticmethod
     def from_arch(arch: str) -> Target:
         """The catalogue entry of an architecture, for compiling without the machine."""

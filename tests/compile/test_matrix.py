@@ -47,8 +47,9 @@ def grouped_arguments(
     shape: str, stage: str, dtype: str, arch: str, cfg: Any, kind: str, extras: bool
 ) -> dict[str, Any]:
     problem = gemm(shape, 8, stage, dtype)
+    dependent = target_module.Target.from_arch(arch).dependent_launch
     pointer, gated = f"*{dtype}!", stage == "gate_up"
-    weight, first, rows = pointer, pointer, pointer
+    weight, first, rows, tail = pointer, pointer, pointer, pointer
     # Gate and up of one tensor come by one descriptor; split tensors ("odd" here) by two.
     pair = gated and cfg.descriptors and shape != "odd"
     # Triton learns at run time which sizes divide by 16 and vectorises loads by it.
@@ -58,10 +59,12 @@ def grouped_arguments(
         first = f"tensordesc<{dtype}[1, 2, {cfg.block_n}, {cfg.block_k}]>" if pair else weight
         if not gated:
             rows = f"tensordesc<{dtype}[{cfg.block_m}, {cfg.block_k}]>"
+            tail = f"tensordesc<{dtype}[{cfg.tail_m}, {cfg.block_k}]>" if cfg.tail_m else pointer
     return {
-        "x_ptr": rows, "gate": first, "up": weight, "gate_bias_ptr": pointer,
+        "x_ptr": rows, "x_tail_ptr": tail, "gate": first, "up": weight, "gate_bias_ptr": pointer,
         "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
-        "gather_ptr": "*i32", "row_weights_ptr": "*fp32!",
+        "gather_ptr": "*i32", "row_weights_ptr": "*fp32!", "partials_ptr": "*fp32!",
+        "counters_ptr": "*i32!", "prefetch_ptr": pointer,
         "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
         "stride_xm": size, "stride_xk": 1, "stride_ge": size, "stride_gn": size,
         "stride_gk": 1, "stride_ue": size, "stride_un": size, "stride_uk": 1,
@@ -74,6 +77,9 @@ def grouped_arguments(
         "SAME_STRIDES": True,
         "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
+        # Two accumulators are never split.
+        "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,
+        "DEPENDENT": dependent, "PREFETCH_K": 256 if dependent and not gated else 0,
         "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
@@ -118,6 +124,26 @@ def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -
         assert "cp.async.bulk.tensor" in compiled.assembly, "descriptor loads fell back"
 
 
+@pytest.mark.parametrize("tail_m,split_k", [(16, 1), (32, 4), (0, 4)])
+@pytest.mark.parametrize("stage", ["gate_up", "down"])
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_tails_and_splits(arch: str, stage: str, tail_m: int, split_k: int) -> None:
+    """Tiles chosen by the sizes that only the device knows, on top of what a machine would get."""
+    target = target_module.Target.from_arch(arch)
+    problem = gemm("even", 128, stage, "bf16")
+    wish = config.replace(
+        select.choose(problem, target), persistent=False, swap_operands=False, block_m=64,
+        tail_m=tail_m, split_k=split_k,
+    )  # fmt: skip
+    cfg = config.fit(wish, problem, target)
+    kernel = load("moe.kernels.grouped").grouped_gemm_kernel
+    arguments = grouped_arguments("even", stage, "bf16", arch, cfg, "swiglu", False)
+    compiled = compile_kernel(kernel, arch, arguments, cfg.num_warps, cfg.num_stages)
+    assert re.search(ARCHS[arch][1]["bf16"], compiled.assembly), "no matrix instruction"
+    assert compiled.shared <= config.shared_memory(cfg, problem) <= target.shared_memory
+    assert compiled.spilled == 0
+
+
 @pytest.mark.parametrize(
     "kind", ["geglu", "geglu_tanh", "reglu2", "silu", "gelu", "gelu_tanh", "relu2"]
 )
@@ -154,6 +180,7 @@ def test_decode(arch: str, dtype: str) -> None:
                 "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32", "stride_rk": 1,
                 "HAS_MAP": tokens == 2, "GATED": True, "BIAS": True, "ROW_WEIGHTS": True,
                 "KIND": "swiglu", "ALPHA": 1.0, "BETA": 0.0, "LIMIT": None,
+                "DEPENDENTS": target.dependent_launch,
                 "BLOCK_N": gate_up.block_n, "BLOCK_K": gate_up.block_k,
                 "NUM_STAGES": gate_up.num_stages,
             }, gate_up.num_warps, gate_up.num_stages,
@@ -170,7 +197,8 @@ def test_decode(arch: str, dtype: str) -> None:
                 "stride_de": "i32!", "stride_dn": "i32!", "stride_dk": 1, "stride_be": "i32",
                 "stride_bn": 1, "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32",
                 "stride_rk": 1, "stride_om": "i32!", "HAS_MAP": tokens == 2, "BIAS": True,
-                "ROW_WEIGHTS": True, "BLOCK_N": down.block_n, "BLOCK_K": down.block_k,
+                "ROW_WEIGHTS": True, "DEPENDENT": target.dependent_launch, "PREFETCH_K": 512,
+                "BLOCK_N": down.block_n, "BLOCK_K": down.block_k,
                 "NUM_STAGES": down.num_stages,
             }, down.num_warps, down.num_stages,
         )  # fmt: skip
@@ -186,10 +214,12 @@ def test_plan(arch: str) -> None:
             load("moe.kernels.plan").plan_kernel, arch,
             {
                 "ids_ptr": ids, "map_ptr": "*i32!", "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
-                "gather_ptr": "*i32", "scatter_ptr": "*i32", "num_assignments": "i32",
+                "gather_ptr": "*i32", "scatter_ptr": "*i32", "counters_ptr": "*i32",
+                "num_assignments": "i32",
                 "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32",
                 "stride_t": "i32", "stride_k": 1, "HAS_MAP": not contiguous,
-                "CONTIGUOUS": contiguous, "BLOCK": block,
+                "CONTIGUOUS": contiguous, "COUNTERS": 256 if contiguous else 0, "BLOCK": block,
+                "DEPENDENTS": target_module.Target.from_arch(arch).dependent_launch,
             }, 4 if block <= 1024 else 8, 3,
         )  # fmt: skip
         assert compiled.shared <= limit
@@ -209,11 +239,11 @@ def test_plan_in_two_launches(arch: str, experts: int) -> None:
     }  # fmt: skip
     placed = {
         "sizes_ptr": "*i32!", "offsets_ptr": "*i32!", "gather_ptr": "*i32!",
-        "scatter_ptr": "*i32!", "num_chunks": "i32", "ROWS": max(1, min(16, 8192 // experts)),
-        "PART": 16,
+        "scatter_ptr": "*i32!", "num_chunks": "i32", "ROWS": max(1, min(32, 8192 // experts)),
+        "STEP": 64,
     }  # fmt: skip
     for kernel, arguments, warps in (
-        (kernels.plan_count_kernel, common, 4),
+        (kernels.plan_count_kernel, common | {"counters_ptr": "*i32", "COUNTERS": 256}, 4),
         (kernels.plan_place_kernel, common | placed, 8),
     ):
         compiled = compile_kernel(kernel, arch, arguments, warps, 3)
@@ -232,6 +262,7 @@ def test_combine(arch: str, dtype: str) -> None:
                 "out_ptr": f"*{dtype}!", "hidden_size": "i32!", "top_k": "i32",
                 "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!", "stride_os": "i32!",
                 "ROUTER_WEIGHT": True, "REDUCE": reduce, "BLOCK": 1024,
+                "DEPENDENT": target_module.Target.from_arch(arch).dependent_launch,
             }, 4, 3,
         )  # fmt: skip
         assert compiled.spilled == 0

@@ -26,6 +26,17 @@ VARIANTS = {
     "descriptors": KernelConfig(16, 32, 32, 2, descriptors=True),
     "descriptors_swapped": KernelConfig(16, 64, 16, 2, swap_operands=True, descriptors=True),
     "descriptors_persistent": KernelConfig(16, 32, 16, 2, descriptors=True, persistent=True),
+    "tail": KernelConfig(64, 32, 16, 2, tail_m=16),
+    "tail_descriptors": KernelConfig(32, 64, 16, 1, descriptors=True, tail_m=16),
+    # Programs enough to share tiles on one multiprocessor too, which is what a CPU counts as.
+    "split": KernelConfig(16, 64, 16, 2, split_k=3, occupancy=64),
+    "split_descriptors": KernelConfig(16, 32, 16, 2, descriptors=True, split_k=8, occupancy=64),
+    "split_swapped": KernelConfig(
+        16, 64, 16, 2, swap_operands=True, descriptors=True, split_k=4, occupancy=64
+    ),
+    "split_tail": KernelConfig(
+        64, 64, 16, 2, descriptors=True, tail_m=32, split_k=4, occupancy=64
+    ),
 }
 
 

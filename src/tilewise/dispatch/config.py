@@ -25,7 +25,10 @@ class KernelConfig:
         swap_operands: multiply weights by tokens, so that few tokens ride on the narrow side.
         descriptors: load weights, and rows already in order, through tensor descriptors.
         persistent: as many programs as fit, each walking the tile list.
-        occupancy: programs per multiprocessor that a persistent grid assumes.
+        occupancy: programs per multiprocessor that a persistent or split grid assumes.
+        tail_m: rows of the short tile for what is left of a segment; 0 for tall tiles alone.
+        split_k: programs that may share a tile's reduction where tiles are too few; decided on the
+            device, from the sizes that are there.
     """
 
     block_m: int
@@ -38,6 +41,8 @@ class KernelConfig:
     descriptors: bool = False
     persistent: bool = False
     occupancy: int = 1
+    tail_m: int = 0
+    split_k: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -47,9 +52,18 @@ class KernelConfig:
         for name in ("block_m", "block_n", "block_k"):
             if getattr(self, name) < MIN_DOT:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {MIN_DOT}")
-        for name in ("group_m", "num_stages", "occupancy"):
+        for name in ("group_m", "num_stages", "occupancy", "split_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.tail_m and (
+            self.tail_m < MIN_DOT or self.tail_m & (self.tail_m - 1) or self.tail_m >= self.block_m
+        ):
+            raise ValueError(
+                f"tail_m={self.tail_m} must be 0, or a power of two from {MIN_DOT} to below "
+                f"block_m={self.block_m}"
+            )
+        if self.persistent and (self.tail_m or self.split_k > 1):
+            raise ValueError("persistent programs take neither tail_m nor split_k: use one of them")
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> KernelConfig:
@@ -97,6 +111,8 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
     # Layout changes of the epilogue pass through shared memory in fp32.
     tiles = gemm.num_weights if config.swap_operands else 1
     epilogue = config.block_m * config.block_n * 4 * tiles
+    if config.split_k > 1:  # Partial sums are laid out in rows.
+        epilogue = config.block_m * config.block_n * 4 * gemm.num_weights
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
         staged += config.num_warps * 16 * config.block_n * gemm.itemsize // 2
     return max(staged, epilogue) + 1024
@@ -141,7 +157,8 @@ def fit(config: KernelConfig, gemm: GroupedGemm, target: Target) -> KernelConfig
         elif config.block_n > 32 and config.block_n >= config.block_m:
             config = replace(config, block_n=config.block_n // 2)
         elif config.block_m > MIN_DOT:
-            config = replace(config, block_m=config.block_m // 2)
+            block_m = config.block_m // 2
+            config = replace(config, block_m=block_m, tail_m=config.tail_m % block_m)
         elif config.num_stages > 1:
             config = replace(config, num_stages=1)
         else:

@@ -15,6 +15,7 @@ def combine_into(
     topk_weights: torch.Tensor,
     *,
     router_weight: bool,
+    dependent: bool = False,
 ) -> None:
     """Writes the weighted sum over slots, or with `out` [T, top_k, H] every weighted row.
 
@@ -25,6 +26,7 @@ def combine_into(
         scatter: int32 [num_tokens * top_k], the row of each assignment, -1 contributes exactly 0.
         topk_weights: [num_tokens, top_k].
         router_weight: multiply by `topk_weights`; False where the input was scaled already.
+        dependent: launched while the previous kernel still runs.
     """
     num_tokens, top_k = topk_weights.shape
     hidden_size = out.shape[-1]
@@ -45,6 +47,8 @@ def combine_into(
         0 if reduce else out.stride(1),
         ROUTER_WEIGHT=router_weight,
         REDUCE=reduce,
+        DEPENDENT=dependent,
         BLOCK=block,
         num_warps=4,
+        dependent=dependent,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,29 @@ from .activation import Activation
 from .kernels.grouped import grouped_gemm_kernel
 from .launch import cdiv, dot_precision, launch, next_power_of_two, upcast_dot
 
+PREFETCH_BYTES = 65536  # For each program; all of them stay far below an L2 of 50 MB.
+
 _IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND="none".
+
+
+@dataclass(frozen=True)
+class SplitScratch:
+    """Memory of reductions shared by several programs.
+
+    Attributes:
+        partials: fp32, at least `split_elements` of both products.
+        counters: int32, at least the programs of the grid, zero before the launch and not after.
+    """
+
+    partials: torch.Tensor
+    counters: torch.Tensor
+
+
+def split_elements(config: KernelConfig, num_weights: int, num_sms: int) -> int:
+    """fp32 elements that a product with this configuration needs for partial sums."""
+    if config.split_k == 1:
+        return 0
+    return num_sms * config.occupancy * config.block_m * config.block_n * num_weights
 
 
 def suits_descriptor(tensor: torch.Tensor) -> bool:
@@ -73,6 +96,9 @@ def grouped_gemm_into(
     up_bias: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
     activation: Activation | None = None,
+    scratch: SplitScratch | None = None,
+    dependent: bool = False,
+    prefetch: bool = False,
 ) -> None:
     """out[r] = act(x[source(r)] @ gate[e].T, x[source(r)] @ up[e].T) for every planned row r.
 
@@ -85,6 +111,9 @@ def grouped_gemm_into(
         config: legal for `target`.
         row_weights: [num_tokens, top_k], scales the products before bias and activation.
         activation: None stores the plain product.
+        scratch: for `config.split_k`; without it nothing is split.
+        dependent: launched while the previous kernel still runs.
+        prefetch: and the one before that made the plan, so that weights may be fetched early.
     """
     num_experts, n, k = up.shape
     for weight in (up,) if gate is None else (gate, up):
@@ -98,11 +127,15 @@ def grouped_gemm_into(
     gated = gate is not None
     g = up if gate is None else gate
     tiles = ragged.max_tiles(config.block_m) * cdiv(n, config.block_n)
-    programs = min(tiles, target.num_sms * config.occupancy) if config.persistent else tiles
+    resident = target.num_sms * config.occupancy
+    programs = min(tiles, resident) if config.persistent else tiles
     # A descriptor clips at the array's end only, so in-order rows may run into the next segment:
     # harmless.
     x_descriptor = config.descriptors and not gathered and suits_rows(x)
     distance = pair_distance(g, up) if gated and config.descriptors else 0
+    split = config.split_k > 1 and scratch is not None and (distance != 0 or not gated)
+    if split:
+        programs = max(programs, resident)
     bias = up_bias is not None
     ub = up if up_bias is None else up_bias
     gb = ub if gate_bias is None else gate_bias
@@ -113,6 +146,9 @@ def grouped_gemm_into(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, config.block_k])
         if x_descriptor
         else x,
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [config.tail_m, config.block_k])
+        if x_descriptor and config.tail_m
+        else x,
         _pair_argument(g, up, distance, config) if distance else _weight_argument(g, config),
         _weight_argument(up, config),
         gb,
@@ -122,8 +158,11 @@ def grouped_gemm_into(
         ragged.offsets,
         ragged.gather,
         weights,
+        scratch.partials if split and scratch is not None else out,
+        scratch.counters if split and scratch is not None else ragged.sizes,
+        up,
         num_experts,
-        programs,
+        resident if split else programs,
         n,
         k,
         top_k,
@@ -151,6 +190,10 @@ def grouped_gemm_into(
         PAIR=distance != 0,
         UP_FIRST=distance < 0,
         SWAP=config.swap_operands,
+        SPLIT_K=min(config.split_k, cdiv(k, 2 * config.block_k)) if split else 1,
+        TAIL_M=config.tail_m,
+        DEPENDENT=dependent,
+        PREFETCH_K=prefetch_elements(config, k) if dependent and prefetch else 0,
         PERSISTENT=config.persistent,
         UPCAST=upcast_dot(x.dtype),
         PRECISION=dot_precision(x.dtype, target),
@@ -161,7 +204,13 @@ def grouped_gemm_into(
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=dependent,
     )
+
+
+def prefetch_elements(config: KernelConfig, k: int) -> int:
+    """Elements of each weight row that a program asks for early: what fits in 64 KB."""
+    return min(next_power_of_two(k), max(64, PREFETCH_BYTES // (2 * config.block_n)))
 
 
 def suits_rows(x: torch.Tensor) -> bool:

@@ -70,7 +70,7 @@ def workspace_size(
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
     # The grouped path needs more than decode does, so it bounds every smaller call too.
-    return sum(buffer_sizes(problem, config or schedule(problem, machine)))
+    return sum(buffer_sizes(problem, config or schedule(problem, machine), machine))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from . import replay
 from .activation import Activation
 from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
-from .experts import grouped_gemm_into, suits_descriptor
-from .launch import on_device, recording, tf32_allowed
-from .plan import carve_counts, carve_plan, plan_into
+from .experts import SplitScratch, grouped_gemm_into, suits_descriptor
+from .launch import INTERPRETED, on_device, recording, tf32_allowed
+from .plan import SCAN_ASSIGNMENTS, carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
-from .workspace import buffer_sizes, carve
+from .workspace import buffer_sizes, carve, num_counters
 
 
 def problem_of(
@@ -186,7 +186,7 @@ def _launch(
     num_tokens, top_k = topk_ids.shape
     problem = problem_of(hidden_states, gate, up, down, topk_ids, reduce, batch_invariant)
     layer = given_schedule(config, problem, target) if config else schedule(problem, target)
-    sizes = buffer_sizes(problem, layer)
+    sizes = buffer_sizes(problem, layer, target)
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=hidden_states.device)
     if workspace.numel() < sum(sizes):
@@ -194,23 +194,27 @@ def _launch(
             f"workspace has {workspace.numel()} bytes, this call needs {sum(sizes)}: "
             "size it with tilewise.workspace_size()"
         )
-    ints, act, rows = carve(workspace, sizes, hidden_states.dtype)
+    ints, act, rows, partials = carve(workspace, sizes, hidden_states.dtype)
     num_experts = up.shape[0] if expert_map is None else expert_map.shape[0]
     num_rows = num_tokens * top_k
+    # Beyond that, a launch that overlaps costs more than it saves: docs/performance.md.
+    overlap = target.dependent_launch and not INTERPRETED and num_rows <= SCAN_ASSIGNMENTS
     if layer.path == "decode":
         decode_gate_up_into(
             act, hidden_states, gate, up, gate_bias, up_bias, topk_weights, topk_ids, activation,
             expert_map, num_experts, apply_router_weight_on_input,
             layer.gate_up,  # type: ignore[arg-type]
+            dependents=overlap,
         )  # fmt: skip
         decode_down_into(
             out, act, down, down_bias, topk_weights, topk_ids, expert_map, num_experts,
             apply_router_weight_on_input,
             layer.down,  # type: ignore[arg-type]
+            dependent=overlap,
         )  # fmt: skip
         return workspace
     _grouped_into(
-        out, ints, act, rows, num_rows, num_experts, layer, target,
+        out, ints, act, rows, partials, num_rows, num_experts, layer, target, overlap,
         hidden_states, gate, up, down, gate_bias, up_bias, down_bias,
         topk_weights, topk_ids, activation, expert_map, apply_router_weight_on_input,
     )  # fmt: skip
@@ -245,10 +249,12 @@ def _grouped_into(
     ints: torch.Tensor,
     act: torch.Tensor,
     rows: torch.Tensor,
+    partials: torch.Tensor,
     num_rows: int,
     num_experts: int,
     layer: LayerConfig,
     target: Target,
+    overlap: bool,
     hidden_states: torch.Tensor,
     gate: torch.Tensor | None,
     up: torch.Tensor,
@@ -267,16 +273,24 @@ def _grouped_into(
     act = act[: num_rows * intermediate_size].view(num_rows, intermediate_size)
     rows = rows[: num_rows * hidden_size].view(num_rows, hidden_size)
     counts = carve_counts(ints, num_rows, num_local)
-    plan_into(ragged, counts, topk_ids, num_experts, expert_map)
+    num = num_counters(layer, target)
+    first = plan_ints(num_rows, num_local)
+    counters = ints[first : first + 2 * num] if num else None
+    plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, dependents=overlap)
     grouped_gemm_into(
         act, hidden_states, gate, up, ragged, layer.gate_up, target,  # type: ignore[arg-type]
         gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
         row_weights=topk_weights if apply_router_weight_on_input else None, activation=activation,
+        scratch=None if counters is None else SplitScratch(partials, counters[:num]),
+        dependent=overlap,
     )  # fmt: skip
     grouped_gemm_into(
         rows, act, None, down, ragged, layer.down, target,  # type: ignore[arg-type]
         gathered=False, up_bias=down_bias,
+        scratch=None if counters is None else SplitScratch(partials, counters[num:]),
+        dependent=overlap, prefetch=overlap,
     )  # fmt: skip
     combine_into(
-        out, rows, ragged.scatter, topk_weights, router_weight=not apply_router_weight_on_input
-    )
+        out, rows, ragged.scatter, topk_weights,
+        router_weight=not apply_router_weight_on_input, dependent=overlap,
+    )  # fmt: skip

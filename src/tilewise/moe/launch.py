@@ -102,8 +102,17 @@ def recording() -> Iterator[list[Launch]]:
         _mode.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs `kernel` over `grid`; compiles it instead within `compile_only`."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, dependent: bool = False, **options: Any
+) -> None:
+    """Runs `kernel` over `grid`; compiles it instead within `compile_only`.
+
+    Args:
+        dependent: start while the previous kernel of the stream still runs; this one then waits
+            for it inside (kernels/dependent.py). Its DEPENDENT says the same.
+    """
+    if dependent:
+        options["launch_pdl"] = True
     mode = _mode.get()
     if mode is not None and mode.compiled_keys is not None:
         compiled = kernel.warmup(*args, grid=grid, **options)

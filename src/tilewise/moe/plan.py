@@ -11,6 +11,7 @@ from .launch import cdiv, launch, next_power_of_two
 # Up to here a scan per expert is cheaper than a second launch; docs/performance.md has the times.
 SCAN_ASSIGNMENTS = 4096
 CHUNK = 512
+STEP = 64
 
 
 def _padded(size: int) -> int:
@@ -67,11 +68,15 @@ def plan_into(
     topk_ids: torch.Tensor,
     num_experts: int,
     expert_map: torch.Tensor | None,
+    counters: torch.Tensor | None = None,
+    dependents: bool = False,
 ) -> None:
     """Fills `ragged` from `topk_ids` [num_tokens, top_k]; see `tilewise.plan`.
 
     Args:
         counts: scratch of `count_ints` int32 elements.
+        counters: int32, a power of two of elements, set to zero on the way.
+        dependents: the next kernel may start before the plan is complete, and will wait for it.
     """
     top_k = topk_ids.shape[1]
     num_assignments = topk_ids.numel()
@@ -79,6 +84,8 @@ def plan_into(
     ids_map = topk_ids if expert_map is None else expert_map
     strides = topk_ids.stride()
     options = {"HAS_MAP": expert_map is not None, "CONTIGUOUS": topk_ids.is_contiguous()}
+    zeroed = ragged.sizes if counters is None else counters
+    num_counters = 0 if counters is None else counters.numel()
     if num_assignments <= SCAN_ASSIGNMENTS:
         block = plan_variant(num_assignments)
         launch(
@@ -90,12 +97,15 @@ def plan_into(
             ragged.offsets,
             ragged.gather,
             ragged.scatter,
+            zeroed,
             num_assignments,
             num_experts,
             num_local,
             top_k,
             *strides,
             **options,
+            COUNTERS=num_counters,
+            DEPENDENTS=dependents,
             BLOCK=block,
             num_warps=4 if block <= 1024 else 8,
         )
@@ -108,12 +118,14 @@ def plan_into(
         topk_ids,
         ids_map,
         counts,
+        zeroed,
         num_assignments,
         num_experts,
         num_local,
         top_k,
         *strides,
         **options,
+        COUNTERS=num_counters,
         CHUNK=CHUNK,
         EXPERTS=experts,
         num_warps=4,
@@ -137,7 +149,7 @@ def plan_into(
         **options,
         CHUNK=CHUNK,
         EXPERTS=experts,
-        ROWS=max(1, min(16, 8192 // experts)),
-        PART=16,
+        ROWS=max(1, min(32, 8192 // experts)),
+        STEP=STEP,
         num_warps=8,
     )

@@ -154,7 +154,7 @@ def _call(
     problem = problem_of(
         hidden, weights.gate, weights.up, weights.down, ids, reduce, batch_invariant
     )
-    sizes = buffer_sizes(problem, schedule(problem, target))
+    sizes = buffer_sizes(problem, schedule(problem, target), target)
     slots = () if reduce else (shape.top_k,)
     forward_into(
         empty(tokens, *slots, shape.hidden_size),

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .dependent import wait_for_previous
+
 
 @triton.jit(do_not_specialize=["stride_wt"], do_not_specialize_on_alignment=["weights_ptr"])
 def combine_kernel(
@@ -18,8 +20,11 @@ def combine_kernel(
     stride_os,
     ROUTER_WEIGHT: tl.constexpr,
     REDUCE: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
     BLOCK: tl.constexpr,
 ):
+    if DEPENDENT:
+        wait_for_previous()
     # Without REDUCE a program handles one assignment instead of one token.
     item = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -5,12 +5,19 @@ down:     out[r] = x[r] @ down[e].T                                       rows a
 
 Programs walk a list of tiles that only the device knows: expert-major, and inside an expert GROUP_M row
 tiles share a column of weight tiles so that these are read once from memory and then from L2.
+
+Three choices are made on the device, from the sizes that no host has seen:
+- an expert's last rows, if TAIL_M or fewer, take a short tile instead of a tall one mostly empty;
+- with SPLIT_K, where tiles are too few for the machine, several programs share a tile's reduction.
+  They leave partial sums in memory, and the last to arrive adds them up, always in the same order;
+- programs past the last tile leave.
 """
 
 import triton
 import triton.language as tl
 
 from .activation import activate
+from .dependent import launch_dependents, prefetch_rows, wait_for_previous
 
 
 @triton.jit
@@ -84,10 +91,32 @@ def multiply(x, w, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
+def add_up(acc, partials_ptr, counters_ptr, tile, split, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Leaves a partial sum, [ROWS, COLUMNS]; the last of `split` programs gets the whole sum.
+
+    Returns: the sum, and whether this program is the last.
+    """
+    arrived = 0
+    if split > 1:
+        inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        first = partials_ptr + (tile * split).to(tl.int64) * (ROWS * COLUMNS)
+        tl.store(first + part * (ROWS * COLUMNS) + inside, acc)
+        tl.debug_barrier()  # All threads' stores before the one thread that announces them.
+        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+        if arrived == split - 1:
+            tl.debug_barrier()
+            acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+            for other in tl.range(0, split):
+                # Past L1, which other multiprocessors' stores don't reach.
+                acc += tl.load(first + other * (ROWS * COLUMNS) + inside, cache_modifier=".cg")
+    return acc, arrived == split - 1
+
+
+@triton.jit
 def grouped_tile(
-    tile, ends, tiles_n,
+    segment, offset, size, first_row, tile_n, tile, split, part,
     x_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
-    sizes_ptr, offsets_ptr, gather_ptr, row_weights_ptr,
+    gather_ptr, row_weights_ptr, partials_ptr, counters_ptr,
     N, K, top_k,
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
@@ -95,16 +124,12 @@ def grouped_tile(
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
-    UP_FIRST: tl.constexpr, SWAP: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    UP_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    segment, offset, size, tile_m, tile_n = locate(
-        ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
-    )
     n0 = tile_n * BLOCK_N
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     m_mask = offs_m < size
@@ -147,13 +172,26 @@ def grouped_tile(
         acc_u = tl.zeros([COLUMNS, BLOCK_M], dtype=tl.float32)
     else:
         acc_u = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
-    # Two products, two accumulators: sharing one miscompiles on Blackwell (triton#10821).
+    # Two products, two accumulators: sharing one miscompiles on Blackwell
+    # (https://github.com/triton-lang/triton/issues/10821).
     acc_g = acc_u
 
-    for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+    first_k = 0
+    end_k = K
+    if SPLIT_K > 1:
+        length = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
+        first_k = part * length
+        end_k = tl.minimum(K, first_k + length)
+        if not X_DESCRIPTOR:
+            x_ptrs += first_k * stride_xk
+        if not DESCRIPTORS:
+            u_base += first_k * stride_uk
+            if GATED:
+                g_base += first_k * stride_gk
+    for k in tl.range(first_k, end_k, BLOCK_K, num_stages=NUM_STAGES):
         k_mask = offs_k < K - k
         if X_DESCRIPTOR:
-            x = x_ptr.load([offset + tile_m * BLOCK_M, k])
+            x = x_ptr.load([offset + first_row, k])
         elif EVEN_K:
             x = tl.load(x_ptrs)
         else:
@@ -180,6 +218,11 @@ def grouped_tile(
             if GATED:
                 g_base += BLOCK_K * stride_gk
 
+    if SPLIT_K > 1:  # One accumulator: the host splits pairs and single products only.
+        ROWS: tl.constexpr = COLUMNS if SWAP else BLOCK_M
+        WIDTH: tl.constexpr = BLOCK_M if SWAP else COLUMNS
+        acc_u, complete = add_up(acc_u, partials_ptr, counters_ptr, tile, split, part, ROWS, WIDTH)
+        m_mask = m_mask & complete
     if PAIR:
         acc_g, acc_u = split_pair(acc_u, SWAP, BLOCK_M, BLOCK_N)
         if UP_FIRST:
@@ -213,12 +256,64 @@ def grouped_tile(
     )  # fmt: skip
 
 
+@triton.jit
+def one_tile(
+    segment, offset, size, tile_m, tile_n, tile, split, part,
+    x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+    gather_ptr, row_weights_ptr, partials_ptr, counters_ptr,
+    N, K, top_k,
+    stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
+    stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
+    GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
+    UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, TAIL_M: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK_M rows, or of TAIL_M where that holds what is left of the segment."""
+    first_row = tile_m * BLOCK_M
+    place = (segment, offset, size, first_row, tile_n, tile, split, part)
+    rest = (
+        gate, up, gate_bias_ptr, up_bias_ptr, out_ptr, gather_ptr, row_weights_ptr,
+        partials_ptr, counters_ptr, N, K, top_k,
+        stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
+        stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
+    )  # fmt: skip
+    if TAIL_M == 0:
+        grouped_tile(
+            *place, x_ptr, *rest,
+            GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
+            DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+            BLOCK_N, BLOCK_K, NUM_STAGES, SWAP, BLOCK_M,
+        )  # fmt: skip
+    else:
+        if size - first_row <= TAIL_M:
+            # wgmma's 64 rows are the weights' where the tile has fewer.
+            grouped_tile(
+                *place, x_tail_ptr, *rest,
+                GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+                BLOCK_N, BLOCK_K, NUM_STAGES, TAIL_M < 64, TAIL_M,
+            )  # fmt: skip
+        else:
+            grouped_tile(
+                *place, x_ptr, *rest,
+                GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+                BLOCK_N, BLOCK_K, NUM_STAGES, SWAP, BLOCK_M,
+            )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"],
     do_not_specialize_on_alignment=["row_weights_ptr"],
 )
 def grouped_gemm_kernel(
     x_ptr,  # [num_tokens, K] gathered, or [num_rows, K] in order; a descriptor if X_DESCRIPTOR
+    x_tail_ptr,  # the same, its descriptor TAIL_M rows high
     gate,  # [num_segments, N, K] by three strides, or a descriptor; `up` again if not GATED; a
     # descriptor of both, [num_segments, 2, N, K], if PAIR
     up,  # [num_segments, N, K] likewise
@@ -229,6 +324,9 @@ def grouped_gemm_kernel(
     offsets_ptr,  # int32 [num_segments + 1]
     gather_ptr,  # int32 [num_rows]
     row_weights_ptr,  # [num_tokens, top_k] by two strides
+    partials_ptr,  # fp32, a tile for each of num_programs programs, if SPLIT_K > 1
+    counters_ptr,  # int32 [num_programs], zero, if SPLIT_K > 1
+    prefetch_ptr,  # [num_segments, N, K]: `up`, never a descriptor
     num_segments, num_programs, N, K, top_k,
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
@@ -237,41 +335,66 @@ def grouped_gemm_kernel(
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
-    UP_FIRST: tl.constexpr, SWAP: tl.constexpr,
+    UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, TAIL_M: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
+    PREFETCH_K: tl.constexpr,  # of each weight row, fetched into L2 before that kernel has ended
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT and PREFETCH_K == 0:
+        wait_for_previous()
+        launch_dependents()
     tiles_n = tl.cdiv(N, BLOCK_N)
     ends = tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M, SEGMENTS)
     num_tiles = tl.max(ends, 0)
+    if DEPENDENT and PREFETCH_K > 0:
+        # The plan is complete: the kernel between it and this one let this one start only after.
+        if tl.program_id(0) < num_tiles:
+            segment, _, _, _, tile_n = locate(
+                ends, tl.program_id(0), tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
+            )
+            prefetch_rows(
+                prefetch_ptr + segment.to(tl.int64) * stride_ue, tile_n * BLOCK_N, N, K,
+                stride_un, BLOCK_N, PREFETCH_K,
+            )  # fmt: skip
+        wait_for_previous()
+        launch_dependents()
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=True):
-            grouped_tile(
-                tile, ends, tiles_n,
-                x_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
-                sizes_ptr, offsets_ptr, gather_ptr, row_weights_ptr,
-                N, K, top_k,
+            segment, offset, size, tile_m, tile_n = locate(
+                ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
+            )
+            one_tile(
+                segment, offset, size, tile_m, tile_n, tile, 1, 0,
+                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+                gather_ptr, row_weights_ptr, partials_ptr, counters_ptr, N, K, top_k,
                 stride_xm, stride_xk, stride_ge, stride_gn, stride_gk,
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, UPCAST, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_STAGES,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M, UPCAST, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
     else:
-        tile = tl.program_id(0)
+        program = tl.program_id(0)
+        split = 1
+        if SPLIT_K > 1:
+            split = tl.minimum(tl.maximum(num_programs // tl.maximum(num_tiles, 1), 1), SPLIT_K)
+        tile = program // split
         # The grid is a host-side bound; programs past the last tile have nothing to do.
         if tile < num_tiles:
-            grouped_tile(
-                tile, ends, tiles_n,
-                x_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
-                sizes_ptr, offsets_ptr, gather_ptr, row_weights_ptr,
-                N, K, top_k,
+            segment, offset, size, tile_m, tile_n = locate(
+                ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
+            )
+            one_tile(
+                segment, offset, size, tile_m, tile_n, tile, split, program % split,
+                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+                gather_ptr, row_weights_ptr, partials_ptr, counters_ptr, N, K, top_k,
                 stride_xm, stride_xk, stride_ge, stride_gn, stride_gk,
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, UPCAST, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, NUM_STAGES,
+                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M, UPCAST, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
             )  # fmt: skip

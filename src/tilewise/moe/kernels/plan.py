@@ -10,6 +10,8 @@ the experts of one chunk of ids; then each adds up all counts before its own and
 import triton
 import triton.language as tl
 
+from .dependent import launch_dependents
+
 
 @triton.jit
 def local_expert(
@@ -43,6 +45,7 @@ def plan_kernel(
     offsets_ptr,  # int32 [num_local_experts + 1]
     gather_ptr,  # int32 [num_assignments]
     scatter_ptr,  # int32 [num_assignments]
+    counters_ptr,  # int32 [COUNTERS], set to zero
     num_assignments,
     num_experts,
     num_local_experts,
@@ -51,9 +54,16 @@ def plan_kernel(
     stride_k,
     HAS_MAP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    DEPENDENTS: tl.constexpr,  # the next kernel may start, and will wait
     BLOCK: tl.constexpr,
 ):
+    if DEPENDENTS:
+        launch_dependents()
     expert = tl.program_id(0)
+    if COUNTERS > 0:
+        if expert == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
     lane = tl.arange(0, BLOCK)
 
     below = tl.zeros([BLOCK], dtype=tl.int32)
@@ -108,6 +118,7 @@ def plan_count_kernel(
     ids_ptr,  # int [num_tokens, top_k], strided
     map_ptr,  # int [num_experts], or unused
     counts_ptr,  # int32 [num_chunks, num_local_experts]
+    counters_ptr,  # int32 [COUNTERS], set to zero
     num_assignments,
     num_experts,
     num_local_experts,
@@ -116,10 +127,14 @@ def plan_count_kernel(
     stride_k,
     HAS_MAP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,  # power of two >= num_local_experts
 ):
     chunk = tl.program_id(0)
+    if COUNTERS > 0:
+        if chunk == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     local = local_expert(
         ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, num_local_experts, top_k,
@@ -160,7 +175,7 @@ def plan_place_kernel(
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,  # chunks added up per step
-    PART: tl.constexpr,  # ids compared with the chunk per step
+    STEP: tl.constexpr,  # ids compared with one another
 ):
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
@@ -181,24 +196,28 @@ def plan_place_kernel(
         tl.store(offsets_ptr + expert, offsets, mask=expert < num_local_experts)
         tl.store(offsets_ptr + num_local_experts, tl.sum(total, 0))
 
-    lane = tl.arange(0, CHUNK)
+    # Step by step through the chunk: a row's place is where its expert's rows have got to, plus the
+    # equal ids that stand before it in the step.
+    running = offsets + before
+    lane = tl.arange(0, STEP)
     offs = chunk * CHUNK + lane
     local = local_expert(
         ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, num_local_experts, top_k,
         stride_t, stride_k, HAS_MAP, CONTIGUOUS,
     )  # fmt: skip
-    # A row's place among its expert's rows of this chunk: the equal ids that stand before it.
-    rank = tl.zeros([CHUNK], dtype=tl.int32)
-    for first in tl.range(0, CHUNK, PART):
-        other_lane = first + tl.arange(0, PART)
-        other = chunk * CHUNK + other_lane
-        other_local = local_expert(
-            ids_ptr, map_ptr, other, other < num_assignments, num_experts, num_local_experts,
-            top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+    for start in tl.range(0, CHUNK, STEP):
+        here = chunk * CHUNK + start + lane
+        # The next step's ids are fetched before this step's stores, which would order them.
+        following = here + STEP
+        upcoming = local_expert(
+            ids_ptr, map_ptr, following, following < num_assignments, num_experts,
+            num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
         )  # fmt: skip
-        same = (local[:, None] == other_local[None, :]) & (other_lane[None, :] < lane[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
-    mine = local >= 0
-    rows = tl.gather(offsets + before, tl.where(mine, local, 0), 0) + rank
-    tl.store(gather_ptr + rows, offs, mask=mine)
-    tl.store(scatter_ptr + offs, tl.where(mine, rows, -1), mask=offs < num_assignments)
+        mine = local >= 0
+        same = (local[:, None] == local[None, :]) & (lane[None, :] < lane[:, None])
+        rank = tl.sum(same.to(tl.int32), 1)
+        rows = tl.gather(running, tl.where(mine, local, 0), 0) + rank
+        tl.store(gather_ptr + rows, here, mask=mine)
+        tl.store(scatter_ptr + here, tl.where(mine, rows, -1), mask=here < num_assignments)
+        running += tl.histogram(local, EXPERTS, mask=mine)
+        local = upcoming
