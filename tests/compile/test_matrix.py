@@ -62,9 +62,9 @@ def grouped_arguments(
             tail = f"tensordesc<{dtype}[{cfg.tail_m}, {cfg.block_k}]>" if cfg.tail_m else pointer
     return {
         "x_ptr": rows, "x_tail_ptr": tail, "gate": first, "up": weight, "gate_bias_ptr": pointer,
-        "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!", "offsets_ptr": "*i32",
+        "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!",
         "gather_ptr": "*i32", "row_weights_ptr": "*fp32!", "partials_ptr": "*fp32!",
-        "counters_ptr": "*i32!", "prefetch_ptr": pointer,
+        "counters_ptr": "*i32!",
         "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
         "stride_xm": size, "stride_xk": 1, "stride_ge": size, "stride_gn": size,
         "stride_gk": 1, "stride_ue": size, "stride_un": size, "stride_uk": 1,
@@ -79,7 +79,7 @@ def grouped_arguments(
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
         # Two accumulators are never split.
         "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,
-        "DEPENDENT": dependent, "PREFETCH_K": 256 if dependent and not gated else 0,
+        "DEPENDENT": dependent,
         "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
@@ -180,7 +180,6 @@ def test_decode(arch: str, dtype: str) -> None:
                 "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32", "stride_rk": 1,
                 "HAS_MAP": tokens == 2, "GATED": True, "BIAS": True, "ROW_WEIGHTS": True,
                 "KIND": "swiglu", "ALPHA": 1.0, "BETA": 0.0, "LIMIT": None,
-                "DEPENDENTS": target.dependent_launch,
                 "BLOCK_N": gate_up.block_n, "BLOCK_K": gate_up.block_k,
                 "NUM_STAGES": gate_up.num_stages,
             }, gate_up.num_warps, gate_up.num_stages,
@@ -197,8 +196,7 @@ def test_decode(arch: str, dtype: str) -> None:
                 "stride_de": "i32!", "stride_dn": "i32!", "stride_dk": 1, "stride_be": "i32",
                 "stride_bn": 1, "stride_it": "i32", "stride_ik": 1, "stride_rt": "i32",
                 "stride_rk": 1, "stride_om": "i32!", "HAS_MAP": tokens == 2, "BIAS": True,
-                "ROW_WEIGHTS": True, "DEPENDENT": target.dependent_launch, "PREFETCH_K": 512,
-                "BLOCK_N": down.block_n, "BLOCK_K": down.block_k,
+                "ROW_WEIGHTS": True, "BLOCK_N": down.block_n, "BLOCK_K": down.block_k,
                 "NUM_STAGES": down.num_stages,
             }, down.num_warps, down.num_stages,
         )  # fmt: skip

@@ -7,9 +7,7 @@ import torch
 from ..dispatch.config import StreamConfig
 from .activation import Activation
 from .kernels.decode import decode_down_kernel, decode_gate_up_kernel
-from .launch import cdiv, launch, next_power_of_two
-
-PREFETCH_BYTES = 65536  # For each program of the second launch.
+from .launch import cdiv, launch
 
 
 def decode_gate_up_into(
@@ -26,7 +24,6 @@ def decode_gate_up_into(
     num_experts: int,
     apply_router_weight_on_input: bool,
     config: StreamConfig,
-    dependents: bool = False,
 ) -> None:
     """Writes `act` [num_tokens * top_k, intermediate_size], but for rows of skipped slots."""
     num_tokens, top_k = topk_ids.shape
@@ -66,7 +63,6 @@ def decode_gate_up_into(
         ALPHA=activation.alpha,
         BETA=activation.beta,
         LIMIT=activation.limit,
-        DEPENDENTS=dependents,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
@@ -85,15 +81,11 @@ def decode_down_into(
     num_experts: int,
     apply_router_weight_on_input: bool,
     config: StreamConfig,
-    dependent: bool = False,
 ) -> None:
     """Writes `out` [num_tokens, hidden_size] from `act`, summing each token's slots in order."""
     num_tokens, top_k = topk_ids.shape
     _, hidden_size, intermediate_size = down.shape
     bias = down if down_bias is None else down_bias
-    # Each slot's rows, as far as a program's share goes.
-    share = PREFETCH_BYTES // (2 * config.block_n * next_power_of_two(top_k))
-    prefetch = min(next_power_of_two(intermediate_size), max(64, share))
     launch(
         decode_down_kernel,
         (cdiv(hidden_size, config.block_n), num_tokens),
@@ -117,11 +109,8 @@ def decode_down_into(
         HAS_MAP=expert_map is not None,
         BIAS=down_bias is not None,
         ROW_WEIGHTS=not apply_router_weight_on_input,
-        DEPENDENT=dependent,
-        PREFETCH_K=prefetch,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
-        dependent=dependent,
     )

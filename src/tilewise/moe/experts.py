@@ -15,8 +15,6 @@ from .activation import Activation
 from .kernels.grouped import grouped_gemm_kernel
 from .launch import cdiv, dot_precision, launch, next_power_of_two, upcast_dot
 
-PREFETCH_BYTES = 65536  # For each program; all of them stay far below an L2 of 50 MB.
-
 _IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND="none".
 
 
@@ -98,7 +96,6 @@ def grouped_gemm_into(
     activation: Activation | None = None,
     scratch: SplitScratch | None = None,
     dependent: bool = False,
-    prefetch: bool = False,
 ) -> None:
     """out[r] = act(x[source(r)] @ gate[e].T, x[source(r)] @ up[e].T) for every planned row r.
 
@@ -113,7 +110,6 @@ def grouped_gemm_into(
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
         dependent: launched while the previous kernel still runs.
-        prefetch: and the one before that made the plan, so that weights may be fetched early.
     """
     num_experts, n, k = up.shape
     for weight in (up,) if gate is None else (gate, up):
@@ -155,12 +151,10 @@ def grouped_gemm_into(
         ub,
         out,
         ragged.sizes,
-        ragged.offsets,
         ragged.gather,
         weights,
         scratch.partials if split and scratch is not None else out,
         scratch.counters if split and scratch is not None else ragged.sizes,
-        up,
         num_experts,
         resident if split else programs,
         n,
@@ -193,7 +187,6 @@ def grouped_gemm_into(
         SPLIT_K=min(config.split_k, cdiv(k, 2 * config.block_k)) if split else 1,
         TAIL_M=config.tail_m,
         DEPENDENT=dependent,
-        PREFETCH_K=prefetch_elements(config, k) if dependent and prefetch else 0,
         PERSISTENT=config.persistent,
         UPCAST=upcast_dot(x.dtype),
         PRECISION=dot_precision(x.dtype, target),
@@ -206,11 +199,6 @@ def grouped_gemm_into(
         num_stages=config.num_stages,
         dependent=dependent,
     )
-
-
-def prefetch_elements(config: KernelConfig, k: int) -> int:
-    """Elements of each weight row that a program asks for early: what fits in 64 KB."""
-    return min(next_power_of_two(k), max(64, PREFETCH_BYTES // (2 * config.block_n)))
 
 
 def suits_rows(x: torch.Tensor) -> bool:

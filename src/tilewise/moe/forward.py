@@ -13,9 +13,12 @@ from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
 from .experts import SplitScratch, grouped_gemm_into, suits_descriptor
 from .launch import INTERPRETED, on_device, recording, tf32_allowed
-from .plan import SCAN_ASSIGNMENTS, carve_counts, carve_plan, plan_into, plan_ints
+from .plan import carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import buffer_sizes, carve, num_counters
+
+# Up to here a launch that overlaps the one before it gains 1%; beyond, it costs up to 3%.
+OVERLAP_ROWS = 1024
 
 
 def problem_of(
@@ -197,24 +200,20 @@ def _launch(
     ints, act, rows, partials = carve(workspace, sizes, hidden_states.dtype)
     num_experts = up.shape[0] if expert_map is None else expert_map.shape[0]
     num_rows = num_tokens * top_k
-    # Beyond that, a launch that overlaps costs more than it saves: docs/performance.md.
-    overlap = target.dependent_launch and not INTERPRETED and num_rows <= SCAN_ASSIGNMENTS
     if layer.path == "decode":
         decode_gate_up_into(
             act, hidden_states, gate, up, gate_bias, up_bias, topk_weights, topk_ids, activation,
             expert_map, num_experts, apply_router_weight_on_input,
             layer.gate_up,  # type: ignore[arg-type]
-            dependents=overlap,
         )  # fmt: skip
         decode_down_into(
             out, act, down, down_bias, topk_weights, topk_ids, expert_map, num_experts,
             apply_router_weight_on_input,
             layer.down,  # type: ignore[arg-type]
-            dependent=overlap,
         )  # fmt: skip
         return workspace
     _grouped_into(
-        out, ints, act, rows, partials, num_rows, num_experts, layer, target, overlap,
+        out, ints, act, rows, partials, num_rows, num_experts, layer, target,
         hidden_states, gate, up, down, gate_bias, up_bias, down_bias,
         topk_weights, topk_ids, activation, expert_map, apply_router_weight_on_input,
     )  # fmt: skip
@@ -254,7 +253,6 @@ def _grouped_into(
     num_experts: int,
     layer: LayerConfig,
     target: Target,
-    overlap: bool,
     hidden_states: torch.Tensor,
     gate: torch.Tensor | None,
     up: torch.Tensor,
@@ -276,6 +274,7 @@ def _grouped_into(
     num = num_counters(layer, target)
     first = plan_ints(num_rows, num_local)
     counters = ints[first : first + 2 * num] if num else None
+    overlap = target.dependent_launch and not INTERPRETED and num_rows <= OVERLAP_ROWS
     plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, dependents=overlap)
     grouped_gemm_into(
         act, hidden_states, gate, up, ragged, layer.gate_up, target,  # type: ignore[arg-type]
@@ -288,7 +287,7 @@ def _grouped_into(
         rows, act, None, down, ragged, layer.down, target,  # type: ignore[arg-type]
         gathered=False, up_bias=down_bias,
         scratch=None if counters is None else SplitScratch(partials, counters[num:]),
-        dependent=overlap, prefetch=overlap,
+        dependent=overlap,
     )  # fmt: skip
     combine_into(
         out, rows, ragged.scatter, topk_weights,

@@ -10,7 +10,7 @@ from .launch import cdiv, launch, next_power_of_two
 
 # Up to here a scan per expert is cheaper than a second launch; docs/performance.md has the times.
 SCAN_ASSIGNMENTS = 4096
-CHUNK = 512
+LONG_PLAN = 32768  # More ids than this are planned in chunks of twice the size.
 STEP = 64
 
 
@@ -26,11 +26,20 @@ def plan_ints(num_assignments: int, num_local_experts: int) -> int:
     return experts + 2 * _padded(num_assignments) + counts
 
 
+def chunk_of(num_assignments: int) -> int:
+    """Ids of one program where two launches plan: more programs, or fewer counts to add up."""
+    return 256 if num_assignments <= LONG_PLAN else 512
+
+
 def count_ints(num_assignments: int, num_local_experts: int) -> int:
     """int32 elements of the counts that two launches pass on; 0 where one launch does."""
     if num_assignments <= SCAN_ASSIGNMENTS:
         return 0
-    return cdiv(num_assignments, CHUNK) * num_local_experts
+    # Never fewer than a smaller call needs: scratch memory for the largest call serves all.
+    chunks = max(
+        cdiv(size, chunk_of(size)) for size in (num_assignments, min(num_assignments, LONG_PLAN))
+    )
+    return chunks * num_local_experts
 
 
 def carve_counts(
@@ -56,9 +65,13 @@ def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: in
 
 
 def plan_variant(num_assignments: int) -> int:
-    """What of the number of ids decides the compiled kernel: ids per step, 0 for two launches."""
+    """What of the number of ids decides the compiled kernels.
+
+    One launch: the block that holds them all, a power of two, so that limits on other powers of two
+    (`forward.OVERLAP_ROWS`) fall between variants. Two launches: minus the ids of a program.
+    """
     if num_assignments > SCAN_ASSIGNMENTS:
-        return 0
+        return -chunk_of(num_assignments)
     return max(256, next_power_of_two(num_assignments))
 
 
@@ -110,7 +123,8 @@ def plan_into(
             num_warps=4 if block <= 1024 else 8,
         )
         return
-    num_chunks = cdiv(num_assignments, CHUNK)
+    chunk = chunk_of(num_assignments)
+    num_chunks = cdiv(num_assignments, chunk)
     experts = next_power_of_two(num_local)
     launch(
         plan_count_kernel,
@@ -126,7 +140,7 @@ def plan_into(
         *strides,
         **options,
         COUNTERS=num_counters,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         EXPERTS=experts,
         num_warps=4,
     )
@@ -147,7 +161,7 @@ def plan_into(
         top_k,
         *strides,
         **options,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         EXPERTS=experts,
         ROWS=max(1, min(32, 8192 // experts)),
         STEP=STEP,

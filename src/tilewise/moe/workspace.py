@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 
 from ..dispatch.config import KernelConfig
@@ -9,13 +12,17 @@ from ..target import Target
 from .experts import split_elements
 from .launch import next_power_of_two
 from .plan import plan_ints
-from .schedule import LayerConfig, LayerProblem
+from .schedule import LayerConfig, LayerProblem, schedule
 
 ALIGNMENT = 256  # Bytes; keeps every buffer fit for a tensor descriptor.
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+# Token counts at which a shape that is ever split is split: powers of two, as tiles' heights are.
+SPLIT_TOKENS = (4, 8, 16, 32, 64, 128)
 
 
 def num_counters(config: LayerConfig, target: Target) -> int:
@@ -25,6 +32,29 @@ def num_counters(config: LayerConfig, target: Target) -> int:
         (next_power_of_two(target.num_sms * c.occupancy) for c in products if c.split_k > 1),
         default=0,
     )
+
+
+def split_sizes(problem: LayerProblem, config: LayerConfig, target: Target) -> tuple[int, int]:
+    """(counters of both products, fp32 partial sums), in elements."""
+    partials = max(
+        split_elements(product, weights, target.num_sms)
+        for product, weights in ((config.gate_up, 2 if problem.gated else 1), (config.down, 1))
+        if isinstance(product, KernelConfig)
+    )
+    return 2 * num_counters(config, target), partials
+
+
+@functools.lru_cache(maxsize=4096)
+def reserve(problem: LayerProblem, target: Target) -> tuple[int, int]:
+    """The most of `split_sizes` that a smaller call needs: scratch for the largest serves all."""
+    smaller = [t for t in SPLIT_TOKENS if t < problem.num_tokens]
+    needs = [(0, 0)]
+    for tokens in smaller:
+        call = replace(problem, num_tokens=tokens)
+        layer = schedule(call, target)
+        if layer.path == "grouped":
+            needs.append(split_sizes(call, layer, target))
+    return max(n[0] for n in needs), max(n[1] for n in needs)
 
 
 def buffer_sizes(
@@ -38,13 +68,9 @@ def buffer_sizes(
     act = _aligned(rows * problem.intermediate_size * problem.itemsize)
     if config.path == "decode":
         return 0, act, 0, 0
-    assert isinstance(config.gate_up, KernelConfig) and isinstance(config.down, KernelConfig)
-    counters = 2 * num_counters(config, target)
+    own, least = split_sizes(problem, config, target), reserve(problem, target)
+    counters, partials = (max(pair) for pair in zip(own, least, strict=True))
     plan = _aligned((plan_ints(rows, problem.num_experts) + counters) * 4)
-    partials = max(
-        split_elements(config.gate_up, 2 if problem.gated else 1, target.num_sms),
-        split_elements(config.down, 1, target.num_sms),
-    )
     return plan, act, _aligned(rows * problem.hidden_size * problem.itemsize), partials * 4
 
 

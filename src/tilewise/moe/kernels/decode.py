@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .dependent import launch_dependents, prefetch_rows, wait_for_previous
 
 
 @triton.jit
@@ -48,11 +47,8 @@ def decode_gate_up_kernel(
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_it, stride_ik, stride_rt, stride_rk,
     HAS_MAP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
-    DEPENDENTS: tl.constexpr,  # the next kernel may start, and will wait
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENTS:
-        launch_dependents()
     assignment = tl.program_id(1).to(tl.int64)
     token = assignment // top_k
     slot = assignment % top_k
@@ -122,8 +118,6 @@ def decode_down_kernel(
     stride_de, stride_dn, stride_dk, stride_be, stride_bn,
     stride_it, stride_ik, stride_rt, stride_rk, stride_om,
     HAS_MAP: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
-    PREFETCH_K: tl.constexpr,  # of each weight row, fetched into L2 before that kernel has ended
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
@@ -131,18 +125,6 @@ def decode_down_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     n_mask = offs_n < N
     k64 = offs_k.to(tl.int64)
-    if DEPENDENT:
-        for slot in tl.range(0, top_k):
-            expert = one_expert(
-                ids_ptr, map_ptr, token, slot, num_experts, num_local_experts, stride_it, stride_ik,
-                HAS_MAP,
-            )  # fmt: skip
-            if expert >= 0:
-                prefetch_rows(
-                    down_ptr + expert * stride_de, tl.program_id(0) * BLOCK_N, N, K, stride_dn,
-                    BLOCK_N, PREFETCH_K,
-                )  # fmt: skip
-        wait_for_previous()
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     steps = tl.cdiv(K, BLOCK_K)

@@ -17,25 +17,26 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .dependent import launch_dependents, prefetch_rows, wait_for_previous
+from .dependent import launch_dependents, wait_for_previous
 
 
 @triton.jit
 def tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Inclusive running count of tiles over the segments, [SEGMENTS]."""
+    """Sizes, and the inclusive running count of tiles over the segments, [SEGMENTS] both."""
     seg = tl.arange(0, SEGMENTS)
     sizes = tl.load(sizes_ptr + seg, mask=seg < num_segments, other=0)
-    return tl.cumsum((sizes + BLOCK_M - 1) // BLOCK_M, 0) * tiles_n
+    return sizes, tl.cumsum((sizes + BLOCK_M - 1) // BLOCK_M, 0) * tiles_n
 
 
 @triton.jit
-def locate(ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):  # fmt: skip
     """Tile number -> (segment, first row, rows in the segment, row tile, column tile)."""
     past = ends <= tile
     segment = tl.sum(past.to(tl.int32), 0)
     local = tile - tl.max(tl.where(past, ends, 0), 0)
-    size = tl.load(sizes_ptr + segment)
-    offset = tl.load(offsets_ptr + segment)
+    # From registers: two more loads would wait for memory before the first tile can.
+    offset = tl.sum(tl.where(past, sizes, 0), 0)
+    size = tl.sum(tl.where(tl.arange(0, SEGMENTS) == segment, sizes, 0), 0)
     tiles_m = (size + BLOCK_M - 1) // BLOCK_M
     group = local // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
@@ -190,27 +191,28 @@ def grouped_tile(
                 g_base += first_k * stride_gk
     for k in tl.range(first_k, end_k, BLOCK_K, num_stages=NUM_STAGES):
         k_mask = offs_k < K - k
+        # Weights first: the address of x waits for the gather index, and theirs does not.
+        if PAIR:
+            w = load_pair(gate, segment, n0, k, BLOCK_N, BLOCK_K)
+        else:
+            w = load_weights(
+                up, u_base, u_offsets, k_mask, segment, n0, k,
+                DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if GATED and not PAIR:
+            g = load_weights(
+                gate, g_base, g_offsets, k_mask, segment, n0, k,
+                DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         if X_DESCRIPTOR:
             x = x_ptr.load([offset + first_row, k])
         elif EVEN_K:
             x = tl.load(x_ptrs)
         else:
             x = tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
-        if PAIR:
-            w = load_pair(gate, segment, n0, k, BLOCK_N, BLOCK_K)
-            acc_u = multiply(x, w, acc_u, SWAP, UPCAST, PRECISION)
-        elif GATED:
-            g = load_weights(
-                gate, g_base, g_offsets, k_mask, segment, n0, k,
-                DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+        if GATED and not PAIR:
             acc_g = multiply(x, g, acc_g, SWAP, UPCAST, PRECISION)
-        if not PAIR:
-            u = load_weights(
-                up, u_base, u_offsets, k_mask, segment, n0, k,
-                DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            acc_u = multiply(x, u, acc_u, SWAP, UPCAST, PRECISION)
+        acc_u = multiply(x, w, acc_u, SWAP, UPCAST, PRECISION)
         if not X_DESCRIPTOR:
             x_ptrs += BLOCK_K * stride_xk
         if not DESCRIPTORS:
@@ -321,12 +323,10 @@ def grouped_gemm_kernel(
     up_bias_ptr,  # [num_segments, N]
     out_ptr,  # [num_rows, N] in expert order
     sizes_ptr,  # int32 [num_segments]
-    offsets_ptr,  # int32 [num_segments + 1]
     gather_ptr,  # int32 [num_rows]
     row_weights_ptr,  # [num_tokens, top_k] by two strides
     partials_ptr,  # fp32, a tile for each of num_programs programs, if SPLIT_K > 1
     counters_ptr,  # int32 [num_programs], zero, if SPLIT_K > 1
-    prefetch_ptr,  # [num_segments, N, K]: `up`, never a descriptor
     num_segments, num_programs, N, K, top_k,
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
@@ -337,33 +337,20 @@ def grouped_gemm_kernel(
     DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
     UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, TAIL_M: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
-    PREFETCH_K: tl.constexpr,  # of each weight row, fetched into L2 before that kernel has ended
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT and PREFETCH_K == 0:
+    if DEPENDENT:
         wait_for_previous()
         launch_dependents()
     tiles_n = tl.cdiv(N, BLOCK_N)
-    ends = tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M, SEGMENTS)
+    sizes, ends = tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M, SEGMENTS)
     num_tiles = tl.max(ends, 0)
-    if DEPENDENT and PREFETCH_K > 0:
-        # The plan is complete: the kernel between it and this one let this one start only after.
-        if tl.program_id(0) < num_tiles:
-            segment, _, _, _, tile_n = locate(
-                ends, tl.program_id(0), tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
-            )
-            prefetch_rows(
-                prefetch_ptr + segment.to(tl.int64) * stride_ue, tile_n * BLOCK_N, N, K,
-                stride_un, BLOCK_N, PREFETCH_K,
-            )  # fmt: skip
-        wait_for_previous()
-        launch_dependents()
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=True):
             segment, offset, size, tile_m, tile_n = locate(
-                ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
+                sizes, ends, tile, tiles_n, GROUP_M, BLOCK_M, SEGMENTS
             )
             one_tile(
                 segment, offset, size, tile_m, tile_n, tile, 1, 0,
@@ -385,7 +372,7 @@ def grouped_gemm_kernel(
         # The grid is a host-side bound; programs past the last tile have nothing to do.
         if tile < num_tiles:
             segment, offset, size, tile_m, tile_n = locate(
-                ends, tile, tiles_n, sizes_ptr, offsets_ptr, GROUP_M, BLOCK_M
+                sizes, ends, tile, tiles_n, GROUP_M, BLOCK_M, SEGMENTS
             )
             one_tile(
                 segment, offset, size, tile_m, tile_n, tile, split, program % split,

@@ -1,7 +1,7 @@
 """topk_ids -> ragged rows: a stable counting sort without communication between programs.
 
-Up to 4,096 ids, one launch: program e owns local expert e and scans all ids twice, first to count the
-ids below e (its offset) and equal to e (its size), then to write its rows.
+Up to 4,096 ids, one launch: program e owns local expert e and looks at all ids, to count those below e
+(its offset) and equal to e (its size), and to write its rows.
 
 Beyond that, experts times ids is too much to read, and two launches are cheaper: each program counts
 the experts of one chunk of ids; then each adds up all counts before its own and places its chunk.
@@ -56,7 +56,7 @@ def plan_kernel(
     CONTIGUOUS: tl.constexpr,
     COUNTERS: tl.constexpr,
     DEPENDENTS: tl.constexpr,  # the next kernel may start, and will wait
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least num_assignments
 ):
     if DEPENDENTS:
         launch_dependents()
@@ -64,50 +64,25 @@ def plan_kernel(
     if COUNTERS > 0:
         if expert == 0:
             tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
-    lane = tl.arange(0, BLOCK)
-
-    below = tl.zeros([BLOCK], dtype=tl.int32)
-    equal = tl.zeros([BLOCK], dtype=tl.int32)
-    # Unrolled so that several loads are in flight: nothing but a sum depends on them.
-    for start in tl.range(0, num_assignments, BLOCK, loop_unroll_factor=4):
-        offs = start + lane
-        local = local_expert(
-            ids_ptr, map_ptr, offs, offs < num_assignments, num_experts,
-            num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
-        )  # fmt: skip
-        below += ((local >= 0) & (local < expert)).to(tl.int32)
-        equal += (local == expert).to(tl.int32)
-    offset = tl.sum(below, 0)
-    size = tl.sum(equal, 0)
+    offs = tl.arange(0, BLOCK)
+    local = local_expert(
+        ids_ptr, map_ptr, offs, offs < num_assignments, num_experts, num_local_experts, top_k,
+        stride_t, stride_k, HAS_MAP, CONTIGUOUS,
+    )  # fmt: skip
+    mine = local == expert
+    ones = mine.to(tl.int32)
+    offset = tl.sum(((local >= 0) & (local < expert)).to(tl.int32), 0)
+    size = tl.sum(ones, 0)
     tl.store(sizes_ptr + expert, size)
     tl.store(offsets_ptr + expert, offset)
     if expert == num_local_experts - 1:
         tl.store(offsets_ptr + num_local_experts, offset + size)
-
-    # Program 0 also marks what no expert owns; every other program leaves early when idle.
-    if (size > 0) | (expert == 0):
-        row = offset
-        local = local_expert(
-            ids_ptr, map_ptr, lane, lane < num_assignments, num_experts,
-            num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
-        )  # fmt: skip
-        for start in tl.range(0, num_assignments, BLOCK):
-            offs = start + lane
-            # The next step's ids are fetched before this step's stores, which would order them.
-            following = offs + BLOCK
-            upcoming = local_expert(
-                ids_ptr, map_ptr, following, following < num_assignments, num_experts,
-                num_local_experts, top_k, stride_t, stride_k, HAS_MAP, CONTIGUOUS,
-            )  # fmt: skip
-            mine = local == expert
-            ones = mine.to(tl.int32)
-            rows = row + tl.cumsum(ones, 0) - 1
-            tl.store(gather_ptr + rows, offs, mask=mine)
-            tl.store(scatter_ptr + offs, rows, mask=mine)
-            if expert == 0:
-                tl.store(scatter_ptr + offs, -1, mask=(offs < num_assignments) & (local < 0))
-            row += tl.sum(ones, 0)
-            local = upcoming
+    if size > 0:
+        rows = offset + tl.cumsum(ones, 0) - 1
+        tl.store(gather_ptr + rows, offs, mask=mine)
+        tl.store(scatter_ptr + offs, rows, mask=mine)
+    if expert == 0:  # Program 0 also marks what no expert owns.
+        tl.store(scatter_ptr + offs, -1, mask=(offs < num_assignments) & (local < 0))
 
 
 @triton.jit(
