@@ -238,7 +238,7 @@ def test_plan_in_two_launches(arch: str, experts: int) -> None:
     placed = {
         "sizes_ptr": "*i32!", "offsets_ptr": "*i32!", "gather_ptr": "*i32!",
         "scatter_ptr": "*i32!", "num_chunks": "i32", "ROWS": max(1, min(32, 8192 // experts)),
-        "STEP": 64,
+        "STEP": 32,
     }  # fmt: skip
     for kernel, arguments, warps in (
         (kernels.plan_count_kernel, common | {"counters_ptr": "*i32", "COUNTERS": 256}, 4),

@@ -58,9 +58,15 @@ H200, RTX, MI300 = (Target.from_arch(a) for a in ("sm_90", "sm_89", "gfx942"))
         ({"group_m": 0}, "group_m=0 must be at least 1"),
         ({"num_stages": 0}, "num_stages=0 must be at least 1"),
         ({"occupancy": 0}, "occupancy=0 must be at least 1"),
+        ({"split_k": 0}, "split_k=0 must be at least 1"),
+        ({"tail_m": 8}, "tail_m=8 must be 0, or a power of two from 16 to below block_m=64"),
+        ({"tail_m": 48}, "tail_m=48 must be 0"),
+        ({"tail_m": 64}, "tail_m=64 must be 0"),
+        ({"persistent": True, "tail_m": 16}, "neither tail_m nor split_k"),
+        ({"persistent": True, "split_k": 2}, "neither tail_m nor split_k"),
     ],
 )
-def test_kernel_config_refuses(changes: dict[str, int], message: str) -> None:
+def test_kernel_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KernelConfig(**{"block_m": 64, "block_n": 64, "block_k": 64, **changes})
 

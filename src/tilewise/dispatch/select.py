@@ -1,11 +1,12 @@
 """Which configuration runs: closed form in shape, row bounds and hardware facts; no timing or sync.
 
 A cost model fitted on profiles will take the place of `choose`; its callers need not change. The
-thresholds were read off a sweep of 89 configurations on one H200 (bench/sweep.py,
-docs/performance.md).
+thresholds were read off sweeps on one H200 (bench/sweep.py, docs/performance.md).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ..target import Target
 from .config import GroupedGemm, KernelConfig, StreamConfig, fit
@@ -29,51 +30,69 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
         A legal configuration for `target`. Depends on nothing but the arguments.
     """
     wgmma = target.warpgroup_mma and gemm.itemsize == 2 and gemm.descriptors_possible
-    wish = _wgmma(gemm) if wgmma else _portable(gemm, target)
+    wish = _wgmma(gemm, target) if wgmma else _portable(gemm, target)
     return fit(wish, gemm, target)
 
 
-def _wgmma(gemm: GroupedGemm) -> KernelConfig:
-    return _wgmma_gathered(gemm) if gemm.gathered else _wgmma_in_order(gemm)
+def _wgmma(gemm: GroupedGemm, target: Target) -> KernelConfig:
+    return _wgmma_gathered(gemm, target) if gemm.gathered else _wgmma_in_order(gemm)
 
 
-def _wgmma_gathered(gemm: GroupedGemm) -> KernelConfig:
+def idle_share(gemm: GroupedGemm, target: Target, block_m: int, block_n: int) -> float:
+    """Last wave's waste when as few segments are active as can be: 1.5 is half again too long.
+
+    Each token's rows go to different segments, so rows over the largest segment's are active.
+    """
+    active = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
+    tiles = active * -(-gemm.n // block_n) * -(-gemm.max_segment_rows // block_m)
+    return -(-tiles // target.num_sms) * target.num_sms / tiles
+
+
+def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """Rows by pointer, weights by descriptor, often two of them: Hopper's gate and up."""
-    rows, mean = gemm.max_segment_rows, gemm.max_rows / gemm.num_segments
+    rows, narrow, wide = gemm.max_segment_rows, gemm.n <= 256, gemm.n >= 1536
 
-    def tile(m: int, n: int, k: int, warps: int, stages: int) -> KernelConfig:
-        return KernelConfig(m, n, k, 8, warps, stages, descriptors=True)
+    def tile(m: int, n: int, k: int, warps: int, stages: int, tail: int = 0) -> KernelConfig:
+        return KernelConfig(m, n, k, 8, warps, stages, descriptors=True, tail_m=tail)
 
     if rows <= 16:
-        # Too few columns for all multiprocessors: narrow tiles.
-        return tile(16, 32, 128, 4, 5) if gemm.n <= 256 else tile(16, 64, 256, 4, 3)
+        if narrow and rows > 4:  # Too few columns for all multiprocessors: share their reductions.
+            return replace(tile(16, 64, 128, 4, 4), split_k=4)
+        if gemm.n >= 2048:
+            return replace(tile(16, 64, 128, 4, 5), swap_operands=True)
+        return tile(16, 64, 256, 4, 3)
     if rows <= 64:
-        block_m = 16 if rows <= 32 else 32
-        if gemm.n >= 1536:
-            return tile(32, 128, 128, 4, 3)
-        return tile(block_m, 64, 256 if gemm.n <= 256 and rows <= 32 else 128, 4, 4)
-    if rows <= 256 and gemm.n <= 256:
-        return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True)
-    if rows <= 1024:
-        return tile(64, 256, 64, 8, 3) if rows > 256 and mean >= 64 else tile(64, 128, 64, 4, 4)
-    # Bound by memory, a fourth stage helps; bound by arithmetic, three are faster.
-    return tile(128, 128, 64, 8, 4 if mean < 128 else 3)
+        if wide:
+            even = idle_share(gemm, target, 32, 64) < 0.9 * idle_share(gemm, target, 32, 128)
+            return tile(32, 64, 128, 4, 4, tail=16) if even else tile(32, 128, 128, 4, 3)
+        return tile(16 if rows <= 32 else 32, 64, 256 if narrow and rows <= 32 else 128, 4, 4)
+    if rows <= 256:
+        if narrow:
+            return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True)
+        return tile(128, 128, 64, 8, 4, tail=16) if wide else tile(64, 128, 64, 4, 4)
+    if narrow:
+        return tile(64, 128, 64, 4, 4) if rows <= 1024 else tile(128, 64, 64, 4, 3, tail=64)
+    return tile(128, 128, 64, 8, 4, tail=64)
 
 
 def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
     """Rows and weights by descriptor: Hopper's down."""
     rows = gemm.max_segment_rows
+    persistent = KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True, persistent=True, occupancy=2)
     if rows <= 64:
         # Few tokens ride on the narrow side of wgmma: weights take its 64 rows.
         block_m = 16 if rows <= 32 else 32
         swap = rows <= 8 or gemm.k < 2048
         if gemm.k > 2048:
-            return KernelConfig(block_m, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
+            long = KernelConfig(block_m, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
+            return replace(long, block_m=32, tail_m=16) if rows > 16 and gemm.k <= 8192 else long
         if rows <= 8 and gemm.k >= 512:
             return KernelConfig(16, 128, 128, 8, 4, 3, swap_operands=True, descriptors=True)
         return KernelConfig(block_m, 128, 64, 8, 4, 4, swap_operands=swap, descriptors=True)
-    if rows <= 1024:
-        return KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True, persistent=True, occupancy=2)
+    if rows <= 1024 and gemm.max_rows < 64 * gemm.num_segments:
+        return persistent
+    if gemm.k <= 1024:  # Short reductions: two programs hide each other's beginnings and ends.
+        return replace(persistent, block_m=128, num_stages=3)
     return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True)
 
 

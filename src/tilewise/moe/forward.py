@@ -152,6 +152,8 @@ def _repeat_or_record(
                 topk_ids, activation, expert_map, *options, target=Target.probe(x.device),
             )  # fmt: skip
         repeat = replay.Replay(launches, workspace, addresses)
+        if not repeat.complete:
+            return
         while len(_REPLAYS) >= MAX_REPLAYS:  # Oldest first: dicts keep their order.
             _REPLAYS.pop(next(iter(_REPLAYS), key), None)
         _REPLAYS[key] = (repeat, workspace.numel())

@@ -11,7 +11,7 @@ from .launch import cdiv, launch, next_power_of_two
 # Up to here a scan per expert is cheaper than a second launch; docs/performance.md has the times.
 SCAN_ASSIGNMENTS = 4096
 LONG_PLAN = 32768  # More ids than this are planned in chunks of twice the size.
-STEP = 64
+STEP = 32
 
 
 def _padded(size: int) -> int:

@@ -63,6 +63,8 @@ class Replay:
     def __init__(
         self, launches: Sequence[Launch], workspace: torch.Tensor, addresses: Sequence[int]
     ) -> None:
+        # Whether every tensor is known by its place: another's address may not be repeated.
+        self.complete = True
         self._steps: list[tuple[Any, ...]] = []
         # Descriptors are never changed once made, so threads may share them.
         self._descriptors: dict[tuple[int, int, int], _Descriptor] = {}
@@ -85,6 +87,8 @@ class Replay:
                     slots.append((position, 0, address - scratch))
                 elif address in places:
                     slots.append((position, places[address], 0))
+                elif address:
+                    self.complete = False
             compiled = launch.compiled
             self._steps.append(
                 (compiled.run, launch.grid, compiled.function, compiled.packed_metadata, args,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..dispatch.config import GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
@@ -96,7 +96,10 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
         and problem.top_k <= DECODE_TOP_K
     ):
         return LayerConfig("decode", choose_stream(gate_up, target), choose_stream(down, target))
-    return LayerConfig("grouped", choose(gate_up, target), choose(down, target))
+    products = choose(gate_up, target), choose(down, target)
+    if problem.batch_invariant:  # How many programs share a reduction depends on the batch.
+        products = replace(products[0], split_k=1), replace(products[1], split_k=1)
+    return LayerConfig("grouped", *products)
 
 
 def _check_decode(config: LayerConfig, problem: LayerProblem, target: Target) -> None:

@@ -46,6 +46,18 @@ def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
+def load_rows(x, ptrs, k_mask, row, k0, X_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr):
+    """One tile of rows, [BLOCK_M, BLOCK_K]."""
+    if X_DESCRIPTOR:
+        tile = x.load([row, k0])
+    elif EVEN_K:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=k_mask[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def load_weights(
     w, base, offsets, k_mask, segment, n0, k0,
     DESCRIPTORS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -191,7 +203,8 @@ def grouped_tile(
                 g_base += first_k * stride_gk
     for k in tl.range(first_k, end_k, BLOCK_K, num_stages=NUM_STAGES):
         k_mask = offs_k < K - k
-        # Weights first: the address of x waits for the gather index, and theirs does not.
+        if not DESCRIPTORS:
+            x = load_rows(x_ptr, x_ptrs, k_mask, offset + first_row, k, X_DESCRIPTOR, EVEN_K)
         if PAIR:
             w = load_pair(gate, segment, n0, k, BLOCK_N, BLOCK_K)
         else:
@@ -204,12 +217,8 @@ def grouped_tile(
                 gate, g_base, g_offsets, k_mask, segment, n0, k,
                 DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if X_DESCRIPTOR:
-            x = x_ptr.load([offset + first_row, k])
-        elif EVEN_K:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
+        if DESCRIPTORS:  # After the weights, whose copies need not wait for the gather index.
+            x = load_rows(x_ptr, x_ptrs, k_mask, offset + first_row, k, X_DESCRIPTOR, EVEN_K)
         if GATED and not PAIR:
             acc_g = multiply(x, g, acc_g, SWAP, UPCAST, PRECISION)
         acc_u = multiply(x, w, acc_u, SWAP, UPCAST, PRECISION)

@@ -1,0 +1,43 @@
+"""Scratch memory: what a large call has is enough for every smaller one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tilewise.models import MODELS, MoEShape
+from tilewise.moe.explain import workspace_size
+from tilewise.moe.schedule import LayerProblem, schedule
+from tilewise.moe.workspace import buffer_sizes, split_sizes
+from tilewise.target import CATALOGUE, Target
+
+NARROW = MoEShape(128, 8, 4096, 192)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_89", "gfx942"])
+@pytest.mark.parametrize("shape", [NARROW, MODELS["mixtral-8x7b"], MoEShape(64, 8, 2048, 1024)])
+def test_no_smaller_call_needs_more(shape: MoEShape, arch: str) -> None:
+    target = Target.from_arch(arch)
+    tokens = [*range(1, 300), 511, 512, 513, 2048, 4095, 4096, 4097, 8192, 16384, 16385]
+    sizes = [workspace_size(shape, count, target=target) for count in tokens]
+    assert sizes == sorted(sizes)
+
+
+def test_narrow_layers_share_reductions_on_hopper() -> None:
+    """Otherwise the test above would hold of nothing."""
+    target = CATALOGUE["sm_90"]
+    problem = LayerProblem(8, 8, 128, 4096, 192, 2, True, True)
+    layer = schedule(problem, target)
+    counters, partials = split_sizes(problem, layer, target)
+    assert counters >= 2 * target.num_sms
+    config = layer.gate_up
+    assert partials == target.num_sms * config.block_m * config.block_n * 2
+    ints, _, _, sums = buffer_sizes(problem, layer, target)
+    assert ints >= 4 * counters
+    assert sums == 4 * partials
+
+
+def test_batch_invariant_calls_share_none() -> None:
+    problem = LayerProblem(8, 8, 128, 4096, 192, 2, True, True, batch_invariant=True)
+    for arch in ("sm_90", "sm_100", "gfx942"):
+        layer = schedule(problem, CATALOGUE[arch])
+        assert layer.gate_up.split_k == layer.down.split_k == 1
