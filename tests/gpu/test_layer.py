@@ -358,7 +358,7 @@ def test_wrong_out_and_workspace_are_refused_when_repeating() -> None:
     call(case, inputs, out=good)
     with pytest.raises(ValueError, match="out"):
         call(case, inputs, out=good.cpu())
-    workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(1 << 22, dtype=torch.uint8, device="cuda")
     call(case, inputs, out=good, workspace=workspace)
     for wrong in (workspace.cpu(), workspace[::2], workspace.view(torch.int8), workspace[1:]):
         with pytest.raises(ValueError, match="workspace"):

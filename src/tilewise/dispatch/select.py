@@ -50,7 +50,8 @@ def idle_share(gemm: GroupedGemm, target: Target, block_m: int, block_n: int) ->
 
 def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """Rows by pointer, weights by descriptor, often two of them: Hopper's gate and up."""
-    rows, narrow, wide = gemm.max_segment_rows, gemm.n <= 256, gemm.n >= 1536
+    rows, mean = gemm.max_segment_rows, gemm.max_rows / gemm.num_segments
+    narrow, wide = gemm.n <= 256, gemm.n >= 1536
 
     def tile(m: int, n: int, k: int, warps: int, stages: int, tail: int = 0) -> KernelConfig:
         return KernelConfig(m, n, k, 8, warps, stages, descriptors=True, tail_m=tail)
@@ -69,7 +70,9 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
     if rows <= 256:
         if narrow:
             return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True)
-        return tile(128, 128, 64, 8, 4, tail=16) if wide else tile(64, 128, 64, 4, 4)
+        if wide:  # Few segments have more rows than 16 each, many of them have fewer.
+            return tile(128, 128, 64, 8, 4, tail=64 if mean > 16 else 16)
+        return tile(64, 128, 64, 4, 4)
     if narrow:
         return tile(64, 128, 64, 4, 4) if rows <= 1024 else tile(128, 64, 64, 4, 3, tail=64)
     return tile(128, 128, 64, 8, 4, tail=64)

@@ -46,10 +46,18 @@ def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def load_rows(x, ptrs, k_mask, row, k0, X_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr):
+def load_rows(
+    x, ptrs, m_mask, k_mask, row, k0,
+    X_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, ZERO_ROWS: tl.constexpr,
+):  # fmt: skip
     """One tile of rows, [BLOCK_M, BLOCK_K]."""
     if X_DESCRIPTOR:
         tile = x.load([row, k0])
+    elif ZERO_ROWS:
+        if EVEN_K:
+            tile = tl.load(ptrs, mask=m_mask[:, None], other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
     elif EVEN_K:
         tile = tl.load(ptrs)
     else:
@@ -147,7 +155,9 @@ def grouped_tile(
     offs_k = tl.arange(0, BLOCK_K)
     m_mask = offs_m < size
     n_mask = offs_n < N
-    # Rows past the segment repeat its first row: no mask in the loop, and nothing unwritten is read.
+    # Rows past the segment: its first row again in short tiles, without a mask in the loop; zeros in
+    # tall ones, as products with zeros draw less power where power bounds the clock (docs/performance.md).
+    ZERO_ROWS: tl.constexpr = GATHER and DESCRIPTORS and BLOCK_M >= 64
     rows = offset + tl.where(m_mask, offs_m, 0)
     if GATHER:
         assignments = tl.load(gather_ptr + rows)
@@ -204,7 +214,10 @@ def grouped_tile(
     for k in tl.range(first_k, end_k, BLOCK_K, num_stages=NUM_STAGES):
         k_mask = offs_k < K - k
         if not DESCRIPTORS:
-            x = load_rows(x_ptr, x_ptrs, k_mask, offset + first_row, k, X_DESCRIPTOR, EVEN_K)
+            x = load_rows(
+                x_ptr, x_ptrs, m_mask, k_mask, offset + first_row, k,
+                X_DESCRIPTOR, EVEN_K, ZERO_ROWS,
+            )  # fmt: skip
         if PAIR:
             w = load_pair(gate, segment, n0, k, BLOCK_N, BLOCK_K)
         else:
@@ -218,7 +231,10 @@ def grouped_tile(
                 DESCRIPTORS, EVEN_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         if DESCRIPTORS:  # After the weights, whose copies need not wait for the gather index.
-            x = load_rows(x_ptr, x_ptrs, k_mask, offset + first_row, k, X_DESCRIPTOR, EVEN_K)
+            x = load_rows(
+                x_ptr, x_ptrs, m_mask, k_mask, offset + first_row, k,
+                X_DESCRIPTOR, EVEN_K, ZERO_ROWS,
+            )  # fmt: skip
         if GATED and not PAIR:
             acc_g = multiply(x, g, acc_g, SWAP, UPCAST, PRECISION)
         acc_u = multiply(x, w, acc_u, SWAP, UPCAST, PRECISION)
