@@ -23,7 +23,7 @@ SHAPES = {
     "by16": (60, 4, 1424, 720),
     "odd": (60, 4, 1411, 709),
 }
-TOKENS = (8, 32, 128, 2048)
+TOKENS = (8, 32, 48, 128, 2048)
 
 config = load("dispatch.config")
 select = load("dispatch.select")

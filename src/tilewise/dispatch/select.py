@@ -62,11 +62,13 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
         if gemm.n >= 2048:
             return replace(tile(16, 64, 128, 4, 5), swap_operands=True)
         return tile(16, 64, 256, 4, 3)
-    if rows <= 64:
+    if rows <= 32:
         if wide:
             even = idle_share(gemm, target, 32, 64) < 0.9 * idle_share(gemm, target, 32, 128)
             return tile(32, 64, 128, 4, 4, tail=16) if even else tile(32, 128, 128, 4, 3)
-        return tile(16 if rows <= 32 else 32, 64, 256 if narrow and rows <= 32 else 128, 4, 4)
+        return tile(16, 64, 256 if narrow else 128, 4, 4)
+    if rows <= 64:
+        return tile(64, 64, 128, 4, 4, tail=16)
     if rows <= 256:
         if narrow:
             return KernelConfig(32, 64, 128, 8, 4, 4, swap_operands=True)
@@ -82,16 +84,17 @@ def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
     """Rows and weights by descriptor: Hopper's down."""
     rows = gemm.max_segment_rows
     persistent = KernelConfig(64, 128, 64, 8, 4, 4, descriptors=True, persistent=True, occupancy=2)
-    if rows <= 64:
+    if rows <= 32:
         # Few tokens ride on the narrow side of wgmma: weights take its 64 rows.
-        block_m = 16 if rows <= 32 else 32
-        swap = rows <= 8 or gemm.k < 2048
         if gemm.k > 2048:
-            long = KernelConfig(block_m, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
+            long = KernelConfig(16, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
             return replace(long, block_m=32, tail_m=16) if rows > 16 and gemm.k <= 8192 else long
         if rows <= 8 and gemm.k >= 512:
             return KernelConfig(16, 128, 128, 8, 4, 3, swap_operands=True, descriptors=True)
-        return KernelConfig(block_m, 128, 64, 8, 4, 4, swap_operands=swap, descriptors=True)
+        if rows > 16 and gemm.k < 512:
+            return KernelConfig(32, 128, 64, 8, 4, 4, descriptors=True, tail_m=16)
+        swap = rows <= 8 or gemm.k < 2048
+        return KernelConfig(16, 128, 64, 8, 4, 4, swap_operands=swap, descriptors=True)
     if rows <= 1024 and gemm.max_rows < 64 * gemm.num_segments:
         return persistent
     if gemm.k <= 1024:  # Short reductions: two programs hide each other's beginnings and ends.

@@ -18,4 +18,3 @@ def wait_for_previous():
 def launch_dependents():
     """Lets the next kernel start once all programs have said so or ended."""
     gdc_launch_dependents()
-

@@ -318,12 +318,12 @@ def one_tile(
         )  # fmt: skip
     else:
         if size - first_row <= TAIL_M:
-            # wgmma's 64 rows are the weights' where the tile has fewer.
+            # wgmma's 64 rows are the weights' where the tile has fewer; a pair is faster in order.
             grouped_tile(
                 *place, x_tail_ptr, *rest,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
                 DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
-                BLOCK_N, BLOCK_K, NUM_STAGES, TAIL_M < 64, TAIL_M,
+                BLOCK_N, BLOCK_K, NUM_STAGES, TAIL_M < 64 and not PAIR, TAIL_M,
             )  # fmt: skip
         else:
             grouped_tile(
