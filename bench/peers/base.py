@@ -42,6 +42,7 @@ LOADERS = {
     "triton_kernels": "bench.peers.triton_kernels_moe:load",
     "torch_gmm": "bench.peers.torch_gmm:load",
     "sonic": "bench.peers.sonic:load",
+    "hf": "bench.peers.hf:load",
 }
 AGAIN = "_again"
 DEFAULT = ("tilewise", "vllm", "vllm_dflt", "vllm_again", "triton_kernels", "torch_gmm")
