@@ -23,7 +23,7 @@ SHAPES = {
     "by16": (60, 4, 1424, 720),
     "odd": (60, 4, 1411, 709),
 }
-TOKENS = (8, 32, 48, 128, 2048)
+TOKENS = (8, 32, 48, 128, 2048, 8192)
 
 config = load("dispatch.config")
 select = load("dispatch.select")
@@ -49,20 +49,28 @@ def grouped_arguments(
     problem = gemm(shape, 8, stage, dtype)
     dependent = target_module.Target.from_arch(arch).dependent_launch
     pointer, gated = f"*{dtype}!", stage == "gate_up"
-    weight, first, rows, tail = pointer, pointer, pointer, pointer
+    weight = first = rows = tail = out = out_tail = pointer
+    parts = cfg.store_parts if cfg.split_k == 1 and shape != "odd" else 0
     # Gate and up of one tensor come by one descriptor; split tensors ("odd" here) by two.
     pair = gated and cfg.descriptors and shape != "odd"
+
+    def ragged(height: int, width: int) -> str:
+        return f"tensordesc<{dtype}[1, 1, {height}, {width}]>"
+
     # Triton learns at run time which sizes divide by 16 and vectorises loads by it.
     size = "i32" if shape == "odd" else "i32!"
     if cfg.descriptors:
         weight = f"tensordesc<{dtype}[1, {cfg.block_n}, {cfg.block_k}]>"
         first = f"tensordesc<{dtype}[1, 2, {cfg.block_n}, {cfg.block_k}]>" if pair else weight
         if not gated:
-            rows = f"tensordesc<{dtype}[{cfg.block_m}, {cfg.block_k}]>"
-            tail = f"tensordesc<{dtype}[{cfg.tail_m}, {cfg.block_k}]>" if cfg.tail_m else pointer
+            rows = ragged(cfg.block_m, cfg.block_k)
+            tail = ragged(cfg.tail_m, cfg.block_k) if cfg.tail_m else pointer
+        if parts:
+            out = ragged(cfg.block_m, cfg.block_n // parts)
+            out_tail = ragged(cfg.tail_m, cfg.block_n // parts) if cfg.tail_m else pointer
     return {
         "x_ptr": rows, "x_tail_ptr": tail, "gate": first, "up": weight, "gate_bias_ptr": pointer,
-        "up_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!",
+        "up_bias_ptr": pointer, "out_ptr": out, "out_tail_ptr": out_tail, "sizes_ptr": "*i32!",
         "gather_ptr": "*i32", "row_weights_ptr": "*fp32!", "partials_ptr": "*fp32!",
         "counters_ptr": "*i32!",
         "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
@@ -76,6 +84,7 @@ def grouped_arguments(
         "EVEN_K": problem.k % cfg.block_k == 0, "EVEN_N": problem.n % cfg.block_n == 0,
         "SAME_STRIDES": True,
         "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
+        "OUT_PARTS": parts,
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
         # Two accumulators are never split.
         "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,

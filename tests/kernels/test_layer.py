@@ -26,6 +26,12 @@ VARIANTS = {
     "descriptors": KernelConfig(16, 32, 32, 2, descriptors=True),
     "descriptors_swapped": KernelConfig(16, 64, 16, 2, swap_operands=True, descriptors=True),
     "descriptors_persistent": KernelConfig(16, 32, 16, 2, descriptors=True, persistent=True),
+    "stored_by_descriptor": KernelConfig(
+        32, 64, 16, 2, descriptors=True, persistent=True, store_parts=4
+    ),
+    "tail_stored_by_descriptor": KernelConfig(
+        64, 32, 16, 2, descriptors=True, tail_m=16, store_parts=1
+    ),
     "tail": KernelConfig(64, 32, 16, 2, tail_m=16),
     "tail_descriptors": KernelConfig(32, 64, 16, 1, descriptors=True, tail_m=16),
     # Programs enough to share tiles on one multiprocessor too, which is what a CPU counts as.

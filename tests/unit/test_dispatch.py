@@ -64,6 +64,9 @@ H200, RTX, MI300 = (Target.from_arch(a) for a in ("sm_90", "sm_89", "gfx942"))
         ({"tail_m": 64}, "tail_m=64 must be 0"),
         ({"persistent": True, "tail_m": 16}, "neither tail_m nor split_k"),
         ({"persistent": True, "split_k": 2}, "neither tail_m nor split_k"),
+        ({"descriptors": True, "store_parts": 3}, "store_parts=3 must be 0"),
+        ({"descriptors": True, "store_parts": 8}, "leaves parts of 16 columns of block_n=64"),
+        ({"store_parts": 1}, "store_parts=1 needs descriptors=True"),
     ],
 )
 def test_kernel_config_refuses(changes: dict[str, Any], message: str) -> None:

@@ -29,6 +29,8 @@ class KernelConfig:
         tail_m: rows of the short tile for what is left of a segment; 0 for tall tiles alone.
         split_k: programs that may share a tile's reduction where tiles are too few; decided on the
             device, from the sizes that are there.
+        store_parts: column parts in which a tile is staged and stored by descriptor; 0 to store by
+            pointers. A persistent program then starts on the next tile while this one is stored.
     """
 
     block_m: int
@@ -43,6 +45,7 @@ class KernelConfig:
     occupancy: int = 1
     tail_m: int = 0
     split_k: int = 1
+    store_parts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -62,6 +65,14 @@ class KernelConfig:
                 f"tail_m={self.tail_m} must be 0, or a power of two from {MIN_DOT} to below "
                 f"block_m={self.block_m}"
             )
+        parts = self.store_parts
+        if parts and (parts < 1 or parts & (parts - 1) or self.block_n < MIN_DOT * parts):
+            raise ValueError(
+                f"store_parts={parts} must be 0, or a power of two that leaves parts of {MIN_DOT} "
+                f"columns of block_n={self.block_n}"
+            )
+        if parts and not self.descriptors:
+            raise ValueError(f"store_parts={parts} needs descriptors=True")
         if self.persistent and (self.tail_m or self.split_k > 1):
             raise ValueError("persistent programs take neither tail_m nor split_k: use one of them")
 
@@ -114,7 +125,9 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
     if config.split_k > 1:  # Partial sums are laid out in rows.
         epilogue = config.block_m * config.block_n * 4 * gemm.num_weights
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
-        staged += config.num_warps * 16 * config.block_n * gemm.itemsize // 2
+        parts = config.store_parts
+        staging = config.block_m * config.block_n // parts if parts else 0
+        staged += max(staging, config.num_warps * 8 * config.block_n) * gemm.itemsize
     return max(staged, epilogue) + 1024
 
 
@@ -146,7 +159,7 @@ def why_illegal(config: KernelConfig, gemm: GroupedGemm, target: Target) -> str 
 def fit(config: KernelConfig, gemm: GroupedGemm, target: Target) -> KernelConfig:
     """`config`, or the nearest legal one: fewer stages first, then shorter, then smaller tiles."""
     if config.descriptors and not (target.tensor_descriptors and gemm.descriptors_possible):
-        config = replace(config, descriptors=False)
+        config = replace(config, descriptors=False, store_parts=0)
     while config.num_warps > 1 and config.num_warps * target.warp_size > 1024:
         config = replace(config, num_warps=config.num_warps // 2)
     while why_illegal(config, gemm, target) is not None:

@@ -75,9 +75,12 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
         if wide:  # Few segments have more rows than 16 each, many of them have fewer.
             return tile(128, 128, 64, 8, 4, tail=64 if mean > 16 else 16)
         return tile(64, 128, 64, 4, 4)
-    if narrow:
-        return tile(64, 128, 64, 4, 4) if rows <= 1024 else tile(128, 64, 64, 4, 3, tail=64)
-    return tile(128, 128, 64, 8, 4, tail=64)
+    if narrow and rows <= 1024:
+        return tile(64, 128, 64, 4, 4)
+    if mean >= 512:  # Hardly a tail: two programs hide each other's beginnings and ends.
+        even = tile(128, 64, 64, 4, 3)
+        return replace(even, persistent=True, occupancy=2, store_parts=1)
+    return tile(128, 64, 64, 4, 3, tail=64) if narrow else tile(128, 128, 64, 8, 4, tail=64)
 
 
 def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
@@ -98,8 +101,8 @@ def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
     if rows <= 1024 and gemm.max_rows < 64 * gemm.num_segments:
         return persistent
     if gemm.k <= 1024:  # Short reductions: two programs hide each other's beginnings and ends.
-        return replace(persistent, block_m=128, num_stages=3)
-    return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True)
+        return replace(persistent, block_m=128, num_stages=3, store_parts=2)
+    return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True, store_parts=2)
 
 
 def _portable(gemm: GroupedGemm, target: Target) -> KernelConfig:

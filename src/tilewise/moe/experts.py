@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch.config import KernelConfig
@@ -72,6 +73,11 @@ def _pair_argument(
     )
 
 
+def _rows_argument(rows: torch.Tensor, height: int, width: int) -> TensorDescriptor:
+    """[R, K] rows of which tiles are read or written, clipped to one segment each."""
+    return create_ragged_descriptor(rows, [height, width])
+
+
 def _weight_argument(weight: torch.Tensor, config: KernelConfig) -> Any:
     if not config.descriptors:
         return weight
@@ -125,13 +131,12 @@ def grouped_gemm_into(
     tiles = ragged.max_tiles(config.block_m) * cdiv(n, config.block_n)
     resident = target.num_sms * config.occupancy
     programs = min(tiles, resident) if config.persistent else tiles
-    # A descriptor clips at the array's end only, so in-order rows may run into the next segment:
-    # harmless.
     x_descriptor = config.descriptors and not gathered and suits_rows(x)
     distance = pair_distance(g, up) if gated and config.descriptors else 0
     split = config.split_k > 1 and scratch is not None and (distance != 0 or not gated)
     if split:
         programs = max(programs, resident)
+    parts = config.store_parts if not split and suits_rows(out) else 0
     bias = up_bias is not None
     ub = up if up_bias is None else up_bias
     gb = ub if gate_bias is None else gate_bias
@@ -139,17 +144,16 @@ def grouped_gemm_into(
     launch(
         grouped_gemm_kernel,
         (programs,),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, config.block_k])
-        if x_descriptor
-        else x,
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [config.tail_m, config.block_k])
-        if x_descriptor and config.tail_m
-        else x,
+        _rows_argument(x, config.block_m, config.block_k) if x_descriptor else x,
+        _rows_argument(x, config.tail_m, config.block_k) if x_descriptor and config.tail_m else x,
         _pair_argument(g, up, distance, config) if distance else _weight_argument(g, config),
         _weight_argument(up, config),
         gb,
         ub,
-        out,
+        _rows_argument(out, config.block_m, config.block_n // parts) if parts else out,
+        _rows_argument(out, config.tail_m, config.block_n // parts)
+        if parts and config.tail_m
+        else out,
         ragged.sizes,
         ragged.gather,
         weights,
@@ -181,6 +185,7 @@ def grouped_gemm_into(
         SAME_STRIDES=g.stride()[1:] == up.stride()[1:],
         DESCRIPTORS=config.descriptors,
         X_DESCRIPTOR=x_descriptor,
+        OUT_PARTS=parts,
         PAIR=distance != 0,
         UP_FIRST=distance < 0,
         SWAP=config.swap_operands,

@@ -15,6 +15,7 @@ Three choices are made on the device, from the sizes that no host has seen:
 
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
 from .activation import activate
 from .dependent import launch_dependents, wait_for_previous
@@ -47,12 +48,12 @@ def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 def load_rows(
-    x, ptrs, m_mask, k_mask, row, k0,
+    x, ptrs, m_mask, k_mask, offset, size, first_row, k0,
     X_DESCRIPTOR: tl.constexpr, EVEN_K: tl.constexpr, ZERO_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, [BLOCK_M, BLOCK_K]."""
     if X_DESCRIPTOR:
-        tile = x.load([row, k0])
+        tile = load_ragged(x, offset, size, [first_row, k0])  # Zeros past the segment.
     elif ZERO_ROWS:
         if EVEN_K:
             tile = tl.load(ptrs, mask=m_mask[:, None], other=0.0)
@@ -144,8 +145,8 @@ def grouped_tile(
     GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
-    UP_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, OUT_PARTS: tl.constexpr,
+    PAIR: tl.constexpr, UP_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +216,7 @@ def grouped_tile(
         k_mask = offs_k < K - k
         if not DESCRIPTORS:
             x = load_rows(
-                x_ptr, x_ptrs, m_mask, k_mask, offset + first_row, k,
+                x_ptr, x_ptrs, m_mask, k_mask, offset, size, first_row, k,
                 X_DESCRIPTOR, EVEN_K, ZERO_ROWS,
             )  # fmt: skip
         if PAIR:
@@ -232,7 +233,7 @@ def grouped_tile(
             )  # fmt: skip
         if DESCRIPTORS:  # After the weights, whose copies need not wait for the gather index.
             x = load_rows(
-                x_ptr, x_ptrs, m_mask, k_mask, offset + first_row, k,
+                x_ptr, x_ptrs, m_mask, k_mask, offset, size, first_row, k,
                 X_DESCRIPTOR, EVEN_K, ZERO_ROWS,
             )  # fmt: skip
         if GATED and not PAIR:
@@ -276,17 +277,41 @@ def grouped_tile(
             ).to(tl.float32)[None, :]
     result = activate(acc_g, acc_u, KIND, ALPHA, BETA, LIMIT)
 
-    out_rows = (offset + offs_m).to(tl.int64)
-    out_ptrs = out_ptr + out_rows[:, None] * stride_om + offs_n[None, :]
+    if OUT_PARTS > 0:
+        store_parts(out_ptr, result, offset, size, first_row, n0, OUT_PARTS)
+    else:
+        store_rows(out_ptr, result, offset + offs_m, offs_n, m_mask, n_mask, stride_om)
+
+
+@triton.jit
+def store_rows(out_ptr, result, rows, cols, m_mask, n_mask, stride_om):
+    """Stores a tile by pointers."""
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(
         out_ptrs, result.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :]
     )  # fmt: skip
 
 
 @triton.jit
+def store_parts(out, result, offset, size, first_row, n0, PARTS: tl.constexpr):
+    """Stores a tile by descriptor, clipped to the segment; in parts where staging it all is too much."""
+    value = result.to(out.dtype)
+    ROWS: tl.constexpr = result.shape[0]
+    COLUMNS: tl.constexpr = result.shape[1]
+    if PARTS == 1:
+        outer, end, row = to_ragged_indices(offset, size, first_row)
+        out.store([outer, end, row, n0], value.reshape(1, 1, ROWS, COLUMNS))
+    else:
+        HALF: tl.constexpr = COLUMNS // 2
+        first, second = value.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        store_parts(out, first, offset, size, first_row, n0, PARTS // 2)
+        store_parts(out, second, offset, size, first_row, n0 + HALF, PARTS // 2)
+
+
+@triton.jit
 def one_tile(
     segment, offset, size, tile_m, tile_n, tile, split, part,
-    x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+    x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr, out_tail_ptr,
     gather_ptr, row_weights_ptr, partials_ptr, counters_ptr,
     N, K, top_k,
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
@@ -294,8 +319,9 @@ def one_tile(
     GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
-    UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, TAIL_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, OUT_PARTS: tl.constexpr,
+    PAIR: tl.constexpr, UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    TAIL_M: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -303,33 +329,33 @@ def one_tile(
     """A tile of BLOCK_M rows, or of TAIL_M where that holds what is left of the segment."""
     first_row = tile_m * BLOCK_M
     place = (segment, offset, size, first_row, tile_n, tile, split, part)
+    weights = (gate, up, gate_bias_ptr, up_bias_ptr)
     rest = (
-        gate, up, gate_bias_ptr, up_bias_ptr, out_ptr, gather_ptr, row_weights_ptr,
-        partials_ptr, counters_ptr, N, K, top_k,
+        gather_ptr, row_weights_ptr, partials_ptr, counters_ptr, N, K, top_k,
         stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
         stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
     )  # fmt: skip
     if TAIL_M == 0:
         grouped_tile(
-            *place, x_ptr, *rest,
+            *place, x_ptr, *weights, out_ptr, *rest,
             GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-            DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+            DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
             BLOCK_N, BLOCK_K, NUM_STAGES, SWAP, BLOCK_M,
         )  # fmt: skip
     else:
         if size - first_row <= TAIL_M:
             # wgmma's 64 rows are the weights' where the tile has fewer; a pair is faster in order.
             grouped_tile(
-                *place, x_tail_ptr, *rest,
+                *place, x_tail_ptr, *weights, out_tail_ptr, *rest,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+                DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
                 BLOCK_N, BLOCK_K, NUM_STAGES, TAIL_M < 64 and not PAIR, TAIL_M,
             )  # fmt: skip
         else:
             grouped_tile(
-                *place, x_ptr, *rest,
+                *place, x_ptr, *weights, out_ptr, *rest,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
+                DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SPLIT_K, UPCAST, PRECISION,
                 BLOCK_N, BLOCK_K, NUM_STAGES, SWAP, BLOCK_M,
             )  # fmt: skip
 
@@ -339,14 +365,15 @@ def one_tile(
     do_not_specialize_on_alignment=["row_weights_ptr"],
 )
 def grouped_gemm_kernel(
-    x_ptr,  # [num_tokens, K] gathered, or [num_rows, K] in order; a descriptor if X_DESCRIPTOR
+    x_ptr,  # [num_tokens, K] gathered, or [num_rows, K] in order; a ragged descriptor if X_DESCRIPTOR
     x_tail_ptr,  # the same, its descriptor TAIL_M rows high
     gate,  # [num_segments, N, K] by three strides, or a descriptor; `up` again if not GATED; a
     # descriptor of both, [num_segments, 2, N, K], if PAIR
     up,  # [num_segments, N, K] likewise
     gate_bias_ptr,  # [num_segments, N]
     up_bias_ptr,  # [num_segments, N]
-    out_ptr,  # [num_rows, N] in expert order
+    out_ptr,  # [num_rows, N] in expert order; a descriptor if OUT_PARTS
+    out_tail_ptr,  # the same, its descriptor TAIL_M rows high
     sizes_ptr,  # int32 [num_segments]
     gather_ptr,  # int32 [num_rows]
     row_weights_ptr,  # [num_tokens, top_k] by two strides
@@ -359,8 +386,9 @@ def grouped_gemm_kernel(
     GATED: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, ROW_WEIGHTS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, PAIR: tl.constexpr,
-    UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, TAIL_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, OUT_PARTS: tl.constexpr,
+    PAIR: tl.constexpr, UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    TAIL_M: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -379,14 +407,14 @@ def grouped_gemm_kernel(
             )
             one_tile(
                 segment, offset, size, tile_m, tile_n, tile, 1, 0,
-                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr, out_tail_ptr,
                 gather_ptr, row_weights_ptr, partials_ptr, counters_ptr, N, K, top_k,
                 stride_xm, stride_xk, stride_ge, stride_gn, stride_gk,
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M, UPCAST, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+                DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M,
+                UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
     else:
         program = tl.program_id(0)
@@ -401,12 +429,12 @@ def grouped_gemm_kernel(
             )
             one_tile(
                 segment, offset, size, tile_m, tile_n, tile, split, program % split,
-                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr,
+                x_ptr, x_tail_ptr, gate, up, gate_bias_ptr, up_bias_ptr, out_ptr, out_tail_ptr,
                 gather_ptr, row_weights_ptr, partials_ptr, counters_ptr, N, K, top_k,
                 stride_xm, stride_xk, stride_ge, stride_gn, stride_gk,
                 stride_ue, stride_un, stride_uk,
                 stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
                 GATED, GATHER, BIAS, ROW_WEIGHTS, KIND, ALPHA, BETA, LIMIT, EVEN_K, EVEN_N, SAME_STRIDES,
-                DESCRIPTORS, X_DESCRIPTOR, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M, UPCAST, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+                DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M,
+                UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
