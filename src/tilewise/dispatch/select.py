@@ -77,10 +77,12 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
         return tile(64, 128, 64, 4, 4)
     if narrow and rows <= 1024:
         return tile(64, 128, 64, 4, 4)
-    if mean >= 512:  # Hardly a tail: two programs hide each other's beginnings and ends.
-        even = tile(128, 64, 64, 4, 3)
-        return replace(even, persistent=True, occupancy=2, store_parts=1)
-    return tile(128, 64, 64, 4, 3, tail=64) if narrow else tile(128, 128, 64, 8, 4, tail=64)
+    if mean < 512 and not narrow:
+        return tile(128, 128, 64, 8, 4, tail=64)
+    if gemm.n >= 4096:
+        return replace(tile(128, 128, 64, 8, 4), persistent=True, store_parts=1)
+    # Hardly a tail: two programs hide each other's beginnings and ends.
+    return replace(tile(128, 64, 64, 4, 3), persistent=True, occupancy=2, store_parts=1)
 
 
 def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
