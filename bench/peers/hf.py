@@ -32,6 +32,5 @@ def load() -> Peer:
 
         return layer
 
-    return Peer(
-        prepare, transformers.__version__, {"ids": "cast to int64, weights to bf16, inside the time"}
-    )
+    notes = {"ids": "cast to int64, weights to bf16, inside the time"}
+    return Peer(prepare, transformers.__version__, notes)

@@ -126,7 +126,7 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
         epilogue = config.block_m * config.block_n * 4 * gemm.num_weights
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
         parts = config.store_parts
-        staging = config.block_m * config.block_n // parts if parts else 0
+        staging = config.block_m * config.block_n // parts + 128 if parts else 0
         staged += max(staging, config.num_warps * 8 * config.block_n) * gemm.itemsize
     return max(staged, epilogue) + 1024
 
