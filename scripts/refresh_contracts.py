@@ -144,6 +144,13 @@ def activations(sources: Sources) -> list[str]:
     ]
 
 
+def public(sources: Sources, name: str) -> list[str]:
+    """A dataclass's fields, or what another class and its bases offer: all, so that more shows."""
+    of = fields if name.endswith("Config") else members
+    names = {m for node in sources.classes(name) for m in of(node)}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
 def of_vllm(sources: Sources) -> dict[str, object]:
     return {
         "functions": {name: parameters(sources, name) for name in vllm.FUNCTIONS},
@@ -151,6 +158,7 @@ def of_vllm(sources: Sources) -> dict[str, object]:
             name: sorted({m for node in sources.classes(name) for m in members(node)} & set(wanted))
             for name, wanted in vllm.MEMBERS.items()
         },
+        "public": {name: public(sources, name) for name in vllm.KNOWN},
         "abstract": abstract(sources, EXPERTS),
         "activations": activations(sources),
     }

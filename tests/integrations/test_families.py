@@ -179,6 +179,41 @@ def test_recorded_ids_are_copies_made_without_a_sync(device: str) -> None:
     assert not experts._forward_pre_hooks
 
 
+def test_recording_bounds_what_it_keeps_on_a_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    recorder = record._Recorder(device_bytes=100)
+    ids = torch.zeros((2, 4), dtype=torch.int32, device=device if device == "cuda" else "meta")
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(len(recorder))
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", to_host)
+    for _ in range(9):  # 32 bytes each: the fourth and the eighth are too many.
+        recorder.add(record.Call("experts", EXPERTS, ids))
+    assert moved == [4] * 4 + [8] * 4
+    assert [call.ids.device.type for call in recorder] == ["cpu"] * 8 + [ids.device.type]
+
+
+def test_recording_nothing_is_an_error() -> None:
+    model, ids = integration.use_tilewise(tiny("Qwen3Moe")), torch.randint(97, (1, 7))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(ids)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="compiled before"),
+        record.recording(model),
+    ):
+        compiled(ids)
+    with pytest.raises(RuntimeError, match="did not run it"), record.recording(model):
+        pass
+    with pytest.raises(KeyError), record.recording(model):  # The block's own error comes through.
+        raise KeyError
+
+
 def test_recording_needs_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no experts"), record.recording(torch.nn.Linear(2, 2)):
         pass

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tilewise
+from tilewise.integrations import host as host_parts
 from tilewise.integrations import sglang as plugin
 from tilewise.moe import reference as specification
 from tilewise.moe.activation import GEGLU, GEGLU_TANH, GELU, RELU2, SILU, SWIGLU, Activation
@@ -179,8 +181,8 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Host]:
     monkeypatch.delenv(plugin.SWITCH, raising=False)
-    monkeypatch.setattr(plugin, "_warm", {})
-    plugin._say_once.cache_clear()
+    monkeypatch.setattr(plugin, "_prepare", host_parts.Preparation())
+    monkeypatch.setattr(plugin, "_say_once", host_parts.Once(plugin.log.info))
     with caplog.at_level(logging.INFO, logger="sglang.tilewise"):
         yield Host(monkeypatch, caplog)
 
@@ -204,6 +206,16 @@ class TestRegister:
     def test_without_sglang(self, caplog: pytest.LogCaptureFixture) -> None:
         plugin.register()
         assert "not used, ModuleNotFoundError" in caplog.text
+
+    @pytest.mark.parametrize("module", ["moe_runner.triton", "moe_runner.base"])
+    def test_a_failing_import_is_harmless(
+        self, host: Host, monkeypatch: pytest.MonkeyPatch, module: str
+    ) -> None:
+        """In a process of SGLang that cannot import its layers, the launcher for one."""
+        monkeypatch.setitem(sys.modules, f"{MOE}.{module}", None)
+        plugin.register()
+        assert host.function is host.original
+        assert "tilewise: not used, " in host.log.text
 
     def test_other_signature(self, host: Host) -> None:
         module = host.modules[f"{MOE}.moe_runner.triton"]
@@ -414,19 +426,66 @@ def test_symmetric_memory_is_sglangs(host: Host) -> None:
     assert host.own_calls == 1
 
 
-def test_views_are_made_once_and_again_when_weights_move(host: Host) -> None:
+def test_weights_that_moved_are_seen_and_freed(host: Host) -> None:
+    plugin.register()
+    dispatch, quant = make()
+    host.function(dispatch, quant, Config(inplace=False))
+    for tensor in (quant.w13_weight, quant.w2_weight):
+        old = StorageWeakRef(tensor.untyped_storage())
+        tensor.data = tensor.data * 0.5
+        assert old.expired()
+    expected = wanted(dispatch, quant, SWIGLU)
+    out = host.function(dispatch, quant, Config(inplace=False)).hidden_states
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_weights_are_left_as_they_were(host: Host, tmp_path: Path) -> None:
+    """So that they can be saved, and loaded where only plain tensors may be."""
+    plugin.register()
+    dispatch, quant = make()
+    host.function(dispatch, quant, Config())
+    assert not vars(quant.w13_weight)
+    torch.save(quant.w13_weight, tmp_path / "w13")
+    assert torch.equal(torch.load(tmp_path / "w13", weights_only=True), quant.w13_weight)
+
+
+def test_layers_whose_kernels_do_not_compile_stay_with_sglang(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fails(*_: Any, **__: Any) -> list[str]:
+        tried.append(1)
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(host_parts, "warmup", fails)
+    plugin.register()
+    for _ in range(2):
+        dispatch, quant = make()
+        assert host.function(dispatch, quant, Config()).hidden_states is dispatch.hidden_states
+    assert (host.own_calls, len(tried)) == (2, 1)
+    assert "kernels do not compile, RuntimeError: out of resource" in host.log.text
+
+
+def test_reasons_are_logged_once_whatever_the_sizes(host: Host) -> None:
+    plugin.register()
     _, quant = make()
-    first = plugin.views(quant, SWIGLU, "gate_up")
-    assert plugin.views(replace(quant), SWIGLU, "gate_up") is first
-    assert first.gate is not None and first.gate.data_ptr() == quant.w13_weight.data_ptr()
-    quant.w2_weight.data = quant.w2_weight.data.clone()
-    moved = plugin.views(quant, SWIGLU, "gate_up")
-    assert moved.down.data_ptr() == quant.w2_weight.data_ptr() != first.down.data_ptr()
+    for tokens in range(1, 20):
+        dispatch, _ = make(tokens=tokens)
+        wrong = dispatch._replace(hidden_states=dispatch.hidden_states[:, :-8])
+        host.function(wrong, quant, Config())
+    assert host.own_calls == 19
+    assert host.log.text.count("leaving experts to SGLang") == 1
+    said: list[str] = []
+    once = host_parts.Once(said.append)
+    for number in range(200):
+        once(f"reason {chr(1000 + number)}")
+    assert len(said) == 100
 
 
 def test_warm_up_and_batch_invariance(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(plugin, "warmup", lambda shape, **options: asked.append(options) or [])
+    monkeypatch.setattr(host_parts, "warmup", lambda shape, **options: asked.append(options) or [])
     monkeypatch.setattr(plugin, "MAX_TOKENS", 8)
     plugin.register()
     for _ in range(2):  # Two layers that are alike.

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="5.10")
 
 from transformers.integrations import moe  # noqa: E402
 
+from tilewise.integrations import gates  # noqa: E402
 from tilewise.integrations import transformers as integration  # noqa: E402
 from tilewise.moe.activation import Activation  # noqa: E402
 
@@ -272,7 +273,9 @@ def test_gates_are_recognised_by_what_they_compute() -> None:
     assert activation(gpt_oss_gate, is_concatenated=True) is None
 
     def halves(self: Any, rows: torch.Tensor) -> torch.Tensor:
-        return gpt_oss_gate(self, torch.stack(rows.chunk(2, dim=-1), -1).flatten(-2))
+        gate, up = rows.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
 
     assert activation(halves, is_concatenated=True) == oai
     assert activation(halves) is None
@@ -283,16 +286,87 @@ def test_gates_are_recognised_by_what_they_compute() -> None:
     assert activation(act_fn) == Activation("swiglu")
 
     def off_by_little(self: Any, rows: torch.Tensor) -> torch.Tensor:
-        return gpt_oss_gate(self, rows) * 1.001
+        return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * 1.001
 
     def clamps_after(self: Any, rows: torch.Tensor) -> torch.Tensor:
         return self.act_fn(rows[..., ::2]).clamp(max=self.limit) * rows[..., 1::2]
 
     def reads_more(self: Any, rows: torch.Tensor) -> torch.Tensor:
-        return gpt_oss_gate(self, rows) * (2.0 if self.training else 1.0)
+        return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * (2.0 if self.training else 1.0)
 
     for gate in (off_by_little, clamps_after, reads_more):
         assert activation(gate) is None, gate
+
+
+SCALE = [1.0]
+
+
+def far_clamp(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2].clamp(max=400.0)) * rows[..., 1::2].clamp(-400.0, 400.0)
+
+
+def farther_clamp(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2]) * rows[..., 1::2].clamp(max=9e3)
+
+
+def clamp_in_bf16(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    gate = rows[..., ::2]
+    gate = gate.clamp(max=8.0) if rows.dtype == torch.bfloat16 else gate
+    return self.act_fn(gate) * rows[..., 1::2]
+
+
+def clamp_in_fp16(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    up = rows[..., 1::2]
+    return self.act_fn(rows[..., ::2]) * (up.clamp(-8, 8) if rows.dtype == torch.float16 else up)
+
+
+def with_gradients(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * (2 if torch.is_grad_enabled() else 1)
+
+
+def by_size(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * (1 if rows.shape[0] > 100 else 2)
+
+
+def reads_a_global(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * SCALE[0]
+
+
+def calls_a_global(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return gpt_oss_gate(self, rows)
+
+
+def reads_a_global_inside(self: Any, rows: torch.Tensor) -> torch.Tensor:
+    return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * (lambda: SCALE[0])()
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [far_clamp, farther_clamp, clamp_in_bf16, clamp_in_fp16, with_gradients, by_size,
+     reads_a_global, calls_a_global, reads_a_global_inside],
+)  # fmt: skip
+def test_gates_that_differ_where_few_look(gate: Any) -> None:
+    experts = decorated(gate=gate, is_concatenated=False)
+    assert integration._activation_of(experts)[1] is None
+
+
+def test_gates_that_read_a_closure() -> None:
+    scale = 1.0
+
+    def gate(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(rows[..., ::2]) * rows[..., 1::2] * scale
+
+    experts = decorated(gate=gate, is_concatenated=False)
+    assert integration._activation_of(experts)[1] is None
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.702])
+@pytest.mark.parametrize("limit", [0.3, 7.0, 100.0])
+def test_gates_in_low_precision_are_not_refused_for_rounding(alpha: float, limit: float) -> None:
+    experts = decorated(gate=gpt_oss_gate, is_concatenated=False)
+    experts.alpha, experts.limit = alpha, limit
+    wanted = Activation("swiglu", alpha=alpha, beta=1.0, limit=limit)
+    assert integration._activation_of(experts)[1] == wanted
 
 
 def test_numbers_of_a_gate_are_read_at_call_time() -> None:
@@ -362,6 +436,21 @@ def subclassed_activation(experts: Any) -> None:
     experts.act_fn = Doubled()
 
 
+def activation_with_another_forward(experts: Any) -> None:
+    experts.act_fn = torch.nn.SiLU()
+    experts.act_fn.forward = lambda x: 0 * x
+
+
+def activation_with_a_hook(experts: Any) -> None:
+    experts.act_fn = torch.nn.SiLU()
+    experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def activation_with_a_pre_hook(experts: Any) -> None:
+    experts.act_fn = torch.nn.SiLU()
+    experts.act_fn.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
 def double_precision(experts: Any) -> None:
     experts.double()
 
@@ -373,6 +462,9 @@ def double_precision(experts: Any) -> None:
         (interleaved, "interleaved"),
         (unknown_activation, "Mish"),
         (subclassed_activation, "Doubled"),
+        (activation_with_another_forward, "SiLU has hooks or another forward"),
+        (activation_with_a_hook, "SiLU has hooks or another forward"),
+        (activation_with_a_pre_hook, "SiLU has hooks or another forward"),
         (post_expert_norm, "normalises"),
         (double_precision, "float64"),
     ],
@@ -432,7 +524,7 @@ def test_fp8_experts_run_their_own_code() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe.Qwen3MoeExperts", "gpt_oss.GptOssExperts"])
 def test_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    integration._probe.cache_clear()
+    gates._probe.cache_clear()
     experts = make_experts(name)
     args = inputs()
     monkeypatch.setattr(integration, "_warn", None)
@@ -495,7 +587,12 @@ def test_llama4_blocks_that_run_their_own_code(monkeypatch: pytest.MonkeyPatch) 
 
         block.experts.act_fn = Renamed()
 
-    for change, reason in ((hook, "hooks"), (gradients, "no_grad"), (activation, "Renamed")):
+    def activation_hook(block: Any) -> None:
+        block.experts.act_fn.register_forward_hook(lambda *_: None)
+
+    changes = ((hook, "experts have hooks"), (gradients, "no_grad"), (activation, "Renamed"),
+               (activation_hook, "hooks or another forward"))  # fmt: skip
+    for change, reason in changes:
         with pytest.warns(RuntimeWarning, match=reason):
             check_llama4(monkeypatch, llama4_block(), 0, change)
 
@@ -524,6 +621,96 @@ def test_status_says_what_runs_and_why_not() -> None:
     unknown_activation(model.get_submodule(names[1]))
     found = integration.status(model)
     assert found[names[0]] == "tilewise" and "Mish" in found[names[1]]
+
+
+class Offloading:
+    """As accelerate's hook: weights are on meta between calls, and loaded for each."""
+
+    offload = True
+
+    def __init__(self, module: Any) -> None:
+        self.weights = {n: p.data for n, p in module.named_parameters()}
+        module._hf_hook, inner = self, module.forward
+
+        def forward(*args: Any) -> Any:
+            self.place(module, self.weights)
+            output = inner(*args)
+            self.place(module, {})
+            return output
+
+        module.forward = forward
+        self.place(module, {})
+
+    def place(self, module: Any, weights: Any) -> None:
+        for name, parameter in list(module.named_parameters()):
+            data = weights.get(name, parameter.to("meta"))
+            setattr(module, name, torch.nn.Parameter(data, requires_grad=False))
+
+
+def test_status_of_offloaded_weights_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    args = inputs()
+    expected = own_code(experts, *args)
+    Offloading(experts)
+    assert integration.status(experts) == {"": "tilewise"}
+    calls = runs_tilewise(monkeypatch)
+    torch.testing.assert_close(experts(*args), expected)
+    assert calls
+    experts.act_fn = torch.nn.Mish()
+    assert "Mish" in integration.status(experts)[""]
+    del experts._hf_hook
+    experts.act_fn = torch.nn.SiLU()
+    assert integration.status(experts)[""] == "its weights are on meta"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama4"])
+def test_warming_up(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """As the calls come: int64 ids, and weights of the router in fp32 or in the model's dtype."""
+    if family == "qwen3":
+        model = tiny_model().to(torch.bfloat16)
+    else:
+        config = transformers.Llama4TextConfig(
+            vocab_size=97, hidden_size=HIDDEN, intermediate_size=INTER, intermediate_size_mlp=INTER,
+            num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2, num_key_value_heads=1, interleave_moe_layer_step=1,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        model = transformers.Llama4ForCausalLM(config).to(torch.bfloat16)
+    asked: list[Any] = []
+    monkeypatch.setattr(integration, "warmup", lambda shape, **o: asked.append((shape, o)))
+    monkeypatch.setattr(integration, "DEVICES_TO_WARM", ("cpu",))
+    calls: list[Any] = []
+    original = integration.fused_experts
+
+    def spy(x: Any, weights: Any, scales: Any, ids: Any, **options: Any) -> Any:
+        calls.append((weights, scales.dtype, ids.dtype, ids.shape[1], options))
+        return original(x, weights, scales, ids, **options)
+
+    monkeypatch.setattr(integration, "fused_experts", spy)
+    integration.use_tilewise(model)
+    assert not asked
+    integration.use_tilewise(model, warm_tokens=64)
+    calls.clear()
+    with torch.no_grad():
+        model(torch.randint(3, 97, (1, 5)))
+    assert len(asked) == 2 and len(calls) == 2, "once for layers that are alike"
+    for weights, scales, ids, top_k, options in calls:
+        shape, known = next(a for a in asked if a[1]["topk_weights_dtype"] == scales)
+        assert (shape.num_experts, shape.top_k, known["max_tokens"]) == (EXPERTS, top_k, 64)
+        assert (shape.hidden_size, shape.intermediate_size) == (HIDDEN, INTER)
+        assert (known["topk_ids_dtype"], known["dtype"]) == (ids, weights.dtype)
+        assert known["activation"] == options["activation"]
+        on_input = options.get("apply_router_weight_on_input", False)
+        assert known["apply_router_weight_on_input"] == on_input
+        assert known["weights"].up.stride() == weights.up.stride()
+
+
+def test_warming_up_needs_to_know_how_many_a_token_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = make_experts("qwen3_moe.Qwen3MoeExperts")
+    with pytest.raises(ValueError, match=r"call tilewise\.warmup yourself"):
+        integration._warm(experts, 64)
 
 
 def test_host_still_has_what_we_rely_on() -> None:

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tilewise
+from tilewise.integrations import host
 from tilewise.integrations import vllm as plugin
 from tilewise.moe import reference as specification
 from tilewise.moe.activation import SWIGLU_OAI, Activation
@@ -46,6 +48,11 @@ class TestReleases:
         ours = {*plugin.SUPPORTS, "apply", "workspace_shapes", "finalize_weight_and_reduce_impl"}
         assert set(CONTRACTS[version]["abstract"]) <= ours
 
+    def test_an_addition_is_looked_at(self, version: str) -> None:
+        """A name that a release adds fails here, so that someone decides what it means."""
+        for name, known in plugin.KNOWN.items():
+            assert set(CONTRACTS[version]["public"][name]) <= known, name
+
     def test_every_activation_is_known_or_refused(self, version: str) -> None:
         for name in CONTRACTS[version]["activations"]:
             limit = 7.0 if name.endswith("_uninterleave") else None
@@ -56,6 +63,7 @@ class TestReleases:
 @pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed here")
 def test_installed_vllm() -> None:
     assert plugin.mismatch() is None
+    assert plugin.additions() == []
 
 
 def test_named_releases() -> None:
@@ -152,6 +160,12 @@ class Quant:
     gemm1_clamp_limit: float | None = None
 
 
+class TheirExperts:
+    """What vLLM would have run."""
+
+    def __init__(self, moe_config: Any, quant_config: Any) -> None: ...
+
+
 def fake_modules() -> dict[str, types.ModuleType]:
     names = ("", ".envs", ".logger", ".platforms", ".model_executor", ".model_executor.custom_op")
     layers = ("", ".modular_kernel", ".activation", ".config", ".topk_weight_and_reduce", ".oracle")
@@ -236,15 +250,19 @@ def fake_modules() -> dict[str, types.ModuleType]:
     class UnquantizedFusedMoEMethod(CustomOp):
         name = "unquantized_fused_moe"
         topk_indices_dtype = None
+        choice: Any = (Backend.TRITON, TheirExperts)
 
         def __init__(self, moe: Any) -> None:
             super().__init__()
             self.moe, self.moe_kernel = moe, None
-            self.unquantized_backend, self.experts_cls = Backend.FLASHINFER, None
+            self.unquantized_backend, self.experts_cls = self.choice
+            self.processed: list[Any] = []
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            if self.experts_cls is not None:
+            self.processed.append(self.experts_cls)
+            if self.moe_kernel is None:
                 quant = Quant(getattr(layer, "w13_bias", None), getattr(layer, "w2_bias", None))
+                quant.gemm1_clamp_limit = getattr(layer, "swiglu_limit", None)
                 experts = self.experts_cls(moe_config=self.moe, quant_config=quant)
                 self.moe_kernel = FusedMoEKernel(experts)
 
@@ -291,6 +309,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> I
     monkeypatch.delitem(sys.modules, ours, raising=False)
     monkeypatch.delenv(plugin.SWITCH, raising=False)
     caplog.set_level(logging.INFO, logger="vllm.tilewise")
+    monkeypatch.setattr(host, "warmup", lambda *_, **__: [])
     yield types.SimpleNamespace(
         registry=sys.modules["vllm.model_executor.custom_op"].op_registry_oot,
         method=lambda moe: sys.modules[
@@ -309,7 +328,17 @@ class TestRegister:
         plugin.register()
         assert list(vllm.registry.values()) == [registered]
         assert registered.name == "unquantized_fused_moe"
-        assert not vllm.log.records
+        assert vllm.log.text.count("tilewise: on for unquantised experts") == 1
+        assert "never ask it" in vllm.log.text
+
+    def test_a_name_that_no_release_has_is_logged(
+        self, vllm: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = sys.modules[f"{LAYERS}.modular_kernel"].FusedMoEExpertsModular
+        monkeypatch.setattr(base, "post_gemm3_hook", None, raising=False)
+        plugin.register()
+        assert len(vllm.registry) == 1
+        assert "unknown to it in this vLLM: post_gemm3_hook" in vllm.log.text
 
     def test_switch(self, vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(plugin.SWITCH, "0")
@@ -358,8 +387,9 @@ class TestRegister:
 )
 def test_refused_layers_stay_with_vllm(vllm: Any, config: Config, reason: str) -> None:
     plugin.register()
+    vllm.log.clear()
     method = vllm.method(config)
-    assert (method.unquantized_backend, method.experts_cls) == (Backend.FLASHINFER, None)
+    assert (method.unquantized_backend, method.experts_cls) == (Backend.TRITON, TheirExperts)
     vllm.method(config)
     (record,) = vllm.log.records
     assert "leaving experts to vLLM" in record.getMessage() and reason in record.getMessage()
@@ -368,8 +398,32 @@ def test_refused_layers_stay_with_vllm(vllm: Any, config: Config, reason: str) -
 def test_an_unknown_device_stays_with_vllm(vllm: Any) -> None:
     vllm.platform.has_device_capability = lambda capability: False
     plugin.register()
-    assert vllm.method(Config()).experts_cls is None
+    assert vllm.method(Config()).experts_cls is TheirExperts
     assert "device" in vllm.log.text
+
+
+def ours() -> Any:
+    return importlib.import_module("tilewise.integrations.vllm_experts").TilewiseExperts
+
+
+@pytest.mark.parametrize("switch", [None, "1"])
+def test_another_backend_than_triton_is_left_unless_asked(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch, switch: str | None
+) -> None:
+    if switch is not None:
+        monkeypatch.setenv(plugin.SWITCH, switch)
+    plugin.register()
+    base = sys.modules[f"{LAYERS}.unquantized_fused_moe_method"].UnquantizedFusedMoEMethod
+    monkeypatch.setattr(base, "choice", (Backend.FLASHINFER, TheirExperts))
+    assert vllm.method(Config()).experts_cls is (TheirExperts if switch is None else ours())
+    said = "vLLM chose FLASHINFER, TILEWISE_VLLM=1 puts Tilewise in its place"
+    assert (said in vllm.log.text) == (switch is None)
+
+
+@pytest.mark.parametrize("backend", ["marlin", "humming"])
+def test_backends_of_quantised_layers_leave_the_others_free(vllm: Any, backend: str) -> None:
+    plugin.register()
+    assert vllm.method(Config(moe_backend=backend)).experts_cls is ours()
 
 
 def make_layer(activation: Act, bias: bool, local: int, **clamp: Any) -> tuple[Any, Any, Any]:
@@ -489,17 +543,103 @@ def test_weights_that_are_in_the_input_already(vllm: Any) -> None:
     assert torch.equal(out, expected(method, layer, x * routing.to(x.dtype), ones, ids))
 
 
-def test_views_are_made_once_and_again_when_weights_move(vllm: Any) -> None:
+def test_weights_that_moved_are_seen_and_freed(vllm: Any) -> None:
+    """As offloading needs, which gives parameters other memory after loading and in each call."""
+    plugin.register()
+    method, layer, config = make_layer(Act.GELU, True, 5)
+    experts = method.moe_kernel.fused_experts
+    experts.quant_config.w1_bias = layer.w13_bias = torch.nn.Parameter(layer.w13_bias, False)
+    call(method, layer, config, 5)
+    for tensor in (layer.w13_weight, layer.w2_weight, layer.w13_bias):
+        old = StorageWeakRef(tensor.untyped_storage())
+        tensor.data = tensor.data * 2
+        assert old.expired()
+    out, x, routing, ids = call(method, layer, config, 5)
+    assert torch.equal(out, expected(method, layer, x, routing, ids))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", ["gate_up", "interleaved", "ungated"])
+def test_views_are_those_that_are_checked(layout: str, bias: bool) -> None:
+    """At a second call of a kind, which skips the checks, they are the same."""
+    w13, w2 = torch.randn(3, 8, 5), torch.randn(3, 5, 8 if layout == "ungated" else 4)
+    b13, b2 = (torch.randn(3, 8), torch.randn(3, 5)) if bias else (None, None)
+    options: Any = {"gated": layout != "ungated"}
+    if options["gated"]:
+        options["layout"] = layout
+    host._fitting.clear()
+    first, second = (host.views(w13, w2, b13, b2, **options) for _ in range(2))
+    assert len(host._fitting) == 1
+    for a, b in zip(vars(first).values(), vars(second).values(), strict=True):
+        assert (a is None and b is None) or (a.data_ptr() == b.data_ptr() and torch.equal(a, b))
+        assert a is None or a.stride() == b.stride()
+    with pytest.raises(ValueError, match="down must be"):
+        host.views(w13, w2[:, 1:], b13, b2, **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of resource: shared memory"), KeyError("x")])
+def test_layers_whose_kernels_do_not_compile_stay_with_vllm(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    plugin.register()
+    tried: list[int] = []
+
+    def fails(*_: Any, **__: Any) -> list[str]:
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(host, "warmup", fails)
+    for _ in range(2):  # A second layer that is alike does not try again.
+        method, _, _ = make_layer(Act.SILU, False, 5)
+        assert isinstance(method.moe_kernel.fused_experts, TheirExperts)
+        assert method.processed == [ours(), TheirExperts]
+    assert len(tried) == 1
+    assert "leaving experts to vLLM: Unprepared: kernels do not compile" in vllm.log.text
+    assert "serving" not in vllm.log.text
+
+
+def test_numbers_that_only_the_layer_has_are_decided_on(vllm: Any) -> None:
+    """The layer's clamp counts in vLLM, and is known only after the method was chosen."""
+    plugin.register()
+    method, layer, _ = make_layer(Act.GELU, False, 5)
+    assert isinstance(method.moe_kernel.fused_experts, ours())
+    method.moe_kernel, layer.swiglu_limit = None, 7.0
+    method.process_weights_after_loading(layer)
+    assert isinstance(method.moe_kernel.fused_experts, TheirExperts)
+    assert "activation gelu with limit 7.0" in vllm.log.text
+
+
+def test_failure_where_vllm_chose_another_backend(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights have been made in the sizes of Triton: there is no way back."""
+    monkeypatch.setenv(plugin.SWITCH, "1")
+    plugin.register()
+    base = sys.modules[f"{LAYERS}.unquantized_fused_moe_method"].UnquantizedFusedMoEMethod
+    monkeypatch.setattr(base, "choice", (Backend.FLASHINFER, TheirExperts))
+    monkeypatch.setattr(host, "warmup", None)
+    with pytest.raises(host.Unprepared):
+        make_layer(Act.SILU, False, 5)
+    assert "TILEWISE_VLLM=0 uses vLLM's experts" in vllm.log.text
+
+
+def test_a_call_after_a_warm_up_that_failed(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.register()
     method, layer, config = make_layer(Act.SILU, False, 5)
-    experts = method.moe_kernel.fused_experts
-    views = experts.views(layer.w13_weight, layer.w2_weight)
-    assert experts.views(layer.w13_weight, layer.w2_weight) is views
-    assert views.gate.data_ptr() == layer.w13_weight.data_ptr()
-    layer.w13_weight.data = layer.w13_weight.data.clone()
-    out, x, routing, ids = call(method, layer, config, 5)
-    assert experts.views(layer.w13_weight, layer.w2_weight) is not views
+    monkeypatch.setattr(host, "warmup", None)
+    out, x, routing, ids = call(method, layer, config, 65)
     assert torch.equal(out, expected(method, layer, x, routing, ids))
+    assert "kernels do not compile" in vllm.log.text
+
+
+def test_what_a_call_asks_for_and_ours_do_not_do(vllm: Any) -> None:
+    plugin.register()
+    method, layer, config = make_layer(Act.SILU, False, 5)
+    with pytest.raises(ValueError, match="activation gelu, the layer has silu"):
+        call(method, layer, replace(config, activation=Act.GELU), 3)
+    method.moe_kernel.fused_experts.post_gemm2_hook = lambda rows, out: None
+    with pytest.raises(NotImplementedError, match="post_gemm2_hook"):
+        call(method, layer, config, 3)
 
 
 def test_fewer_experts_here_than_a_token_chooses(vllm: Any) -> None:
@@ -527,9 +667,8 @@ def test_warm_up_is_asked_for_what_the_router_gives(
     vllm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugin.register()
-    module = importlib.import_module("tilewise.integrations.vllm_experts")
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "warmup", lambda shape, **options: asked.append(options) or [])
+    monkeypatch.setattr(host, "warmup", lambda shape, **options: asked.append(options) or [])
     method, layer, config = make_layer(Act.SILU, False, 3)
     assert [(a["max_tokens"], a["expert_map"], a["topk_ids_dtype"]) for a in asked] == [
         (64, True, torch.int32)

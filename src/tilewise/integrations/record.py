@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """Calls in the order they were made. Their ids stay on their device until they are saved."""
+    """Calls in the order they were made."""
 
     calls: list[Call] = field(default_factory=list)
 
@@ -84,17 +84,38 @@ class Trace:
             return cls([Call(layer, n, file.get_tensor(str(i))) for i, (layer, n) in calls])
 
 
+@dataclass(eq=False)
+class _Recorder(Trace):
+    """A trace that is being recorded and bounds what it keeps on a device."""
+
+    device_bytes: int = 0
+    _moved: int = 0
+    _held: int = 0
+
+    def add(self, call: Call) -> None:
+        self.calls.append(call)
+        if call.ids.device.type == "cpu":
+            return
+        self._held += call.ids.nbytes
+        if self._held > self.device_bytes:
+            for i in range(self._moved, len(self.calls)):
+                self.calls[i] = replace(self.calls[i], ids=self.calls[i].ids.cpu())
+            self._moved, self._held = len(self.calls), 0
+
+
 @contextmanager
-def recording(model: nn.Module) -> Iterator[Trace]:
+def recording(model: nn.Module, *, device_bytes: int = 256 << 20) -> Iterator[Trace]:
     """Records the ids of every call of every experts module while the block runs.
 
-    Ids are copied on their device, without a sync. Calls inside a replayed CUDA graph are not seen:
-    record a model that is not compiled.
+    Ids are copied on their device, without a sync, until they take `device_bytes`; then all of them
+    move to the host, which waits for the device. Calls of a model that was compiled before are not
+    seen, nor those inside a replayed CUDA graph: record a model that is not compiled.
 
     Raises:
         ValueError: a model without experts that can be recorded.
+        RuntimeError: the block ran and no call was seen.
     """
-    trace = Trace()
+    trace = _Recorder(device_bytes=device_bytes)
     hooks: list[Any] = []
     for name, layer in experts_layers(model):
         if is_llama4(layer):
@@ -113,9 +134,14 @@ def recording(model: nn.Module) -> Iterator[Trace]:
     finally:
         for hook in hooks:
             hook.remove()
+    if not trace.calls:
+        raise RuntimeError(
+            f"no call of {type(model).__name__}'s experts was seen: the block did not run it, or "
+            "it was compiled before. Record a model that is not compiled"
+        )
 
 
-def _experts_hook(trace: Trace, name: str, experts: Any) -> Any:
+def _experts_hook(trace: _Recorder, name: str, experts: Any) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # After the hidden states and before the weights; models name it differently.
         found = [ids for ids in (*args, *kwargs.values()) if _are_ids(ids)]
@@ -126,7 +152,7 @@ def _experts_hook(trace: Trace, name: str, experts: Any) -> Any:
     return hook
 
 
-def _llama4_hook(trace: Trace, name: str, block: Any) -> Any:
+def _llama4_hook(trace: _Recorder, name: str, block: Any) -> Any:
     """Its experts are given no ids, but the router's logits say which it chose."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -143,7 +169,6 @@ def _are_ids(value: Any) -> bool:
     )
 
 
-def _add(trace: Trace, layer: str, num_experts: int, ids: torch.Tensor) -> None:
+def _add(trace: _Recorder, layer: str, num_experts: int, ids: torch.Tensor) -> None:
     # The model may write to its tensor again.
-    copy = ids.detach().to(torch.int32, copy=True)
-    trace.calls.append(Call(layer, num_experts, copy))
+    trace.add(Call(layer, num_experts, ids.detach().to(torch.int32, copy=True)))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pkgutil import resolve_name
@@ -19,18 +17,17 @@ from typing import Any
 
 import torch
 
-from ..models import MoEShape
 from ..moe.activation import GEGLU, GEGLU_TANH, GELU, RELU2, SILU, SWIGLU, Activation
 from ..moe.layer import fused_experts
-from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
+from . import host
 
 SWITCH = "TILEWISE_SGLANG"
 DTYPES = (torch.bfloat16, torch.float16)
 # Calls up to this size are prepared at a layer's first call: more than a default prefill chunk.
 MAX_TOKENS = 16384
 
-log = logging.getLogger("sglang.tilewise")
+log = host.logger("sglang")
 
 _KEY = ("none", "triton")
 _MOE = "sglang.srt.layers.moe"
@@ -76,8 +73,8 @@ WEIGHT_OPTIONS = frozenset({"b13", "b2", "fuse_swiglu_interleaved", "w13_weight"
 _GATED = {"gelu": GEGLU, "gelu_tanh": GEGLU_TANH}
 _UNGATED = {"silu": SILU, "gelu": GELU, "relu2": RELU2}
 
-# What was compiled ahead, for all layers of this process -> the largest call.
-_warm: dict[tuple[Any, ...], int] = {}
+_prepare = host.Preparation()
+_say_once = host.Once(log.info)
 
 
 def register() -> None:
@@ -98,7 +95,11 @@ def register() -> None:
             log.warning("tilewise: not used, this SGLang is not the one it knows: %s", reason)
             return
         functions[_KEY] = fused_function(original)
-        log.info("tilewise: on for unquantised experts; %s=0 switches it off", SWITCH)
+        log.info(
+            "tilewise: on for unquantised experts of the Triton runner, %s=0 switches it off; "
+            "other runners, and models that call SGLang's fused_experts themselves, never ask it",
+            SWITCH,
+        )
     except Exception as error:
         log.warning("tilewise: not used, %s: %s", type(error).__name__, error)
 
@@ -133,7 +134,7 @@ def fused_function(original: Callable[..., Any]) -> Callable[..., Any]:
                 weights = views(quant_info, *known)
                 out = run(dispatch_output, weights, known[0], runner_config, bool(invariant()))
                 return combine(out)
-            except ValueError as error:  # Raised before anything runs.
+            except (ValueError, host.Unprepared) as error:  # Raised before anything runs.
                 known = str(error)
         _say_once(f"tilewise: leaving experts to SGLang: {known}")
         return original(dispatch_output, quant_info, runner_config)
@@ -211,28 +212,17 @@ def _changed(options: Any, known: frozenset[str]) -> str | None:
 
 
 def views(quant: Any, activation: Activation, layout: str) -> ExpertWeights:
-    """The layer's weights as ours; kept on the weight itself, made again only if they moved."""
-    w13, w2, b13, b2 = quant.w13_weight, quant.w2_weight, quant.b13, quant.b2
+    """The layer's weights as ours; nothing that would keep their memory is kept."""
     if getattr(quant, "fuse_swiglu_interleaved", False):
         layout = "interleaved"
-    tracing = torch.compiler.is_compiling()
-    if not tracing:
-        key = (layout, activation.is_gated, w13.shape, w13.stride(), w2.shape, w2.stride(),
-               *(None if t is None else t.data_ptr() for t in (w13, w2, b13, b2)))  # fmt: skip
-        kept: tuple[Any, ExpertWeights] | None = getattr(w13, "_tilewise_views", None)
-        if kept is not None and kept[0] == key:
-            return kept[1]
-    up, down = w13.detach(), w2.detach()
-    bias, down_bias = (None if t is None else t.detach() for t in (b13, b2))
-    if activation.is_gated:
-        weights = ExpertWeights.from_gate_up(
-            up, down, layout=layout, gate_up_bias=bias, down_bias=down_bias
-        )
-    else:
-        weights = ExpertWeights.from_ungated(up, down, up_bias=bias, down_bias=down_bias)
-    if not tracing:
-        w13._tilewise_views = (key, weights)
-    return weights
+    return host.views(
+        quant.w13_weight,
+        quant.w2_weight,
+        quant.b13,
+        quant.b2,
+        gated=activation.is_gated,
+        layout=layout,
+    )
 
 
 def run(
@@ -267,33 +257,11 @@ def prepare(
     weights: ExpertWeights, act: Activation, ids: torch.Tensor, scales: torch.Tensor, **options: Any
 ) -> None:
     """Compiles what such calls can need, once a process, unless a CUDA graph is being captured."""
-    (num_tokens, top_k), device = ids.shape, weights.device
-    biases = weights.gate_bias, weights.up_bias, weights.down_bias
-    key = (weights.up.shape, weights.up.stride(), weights.down.stride(), weights.dtype, device,
-           *(None if bias is None else bias.dtype for bias in biases), top_k, act,
-           ids.dtype, scales.dtype, *options.values())  # fmt: skip
-    if num_tokens <= _warm.get(key, 0) or num_tokens == 0:
-        return
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
-    largest = max(MAX_TOKENS, 1 << (num_tokens - 1).bit_length())
-    experts, inter, hidden = weights.up.shape
-    start = time.perf_counter()
-    variants = warmup(
-        # A device may hold fewer experts than a token chooses.
-        MoEShape(max(experts, top_k), top_k, hidden, inter),
-        max_tokens=largest, dtype=weights.dtype, activation=act, weights=weights,
-        topk_ids_dtype=ids.dtype, topk_weights_dtype=scales.dtype, routing=False, device=device,
-        **options,
+    num_tokens, top_k = ids.shape
+    largest = max(MAX_TOKENS, 1 << max(num_tokens - 1, 0).bit_length())
+    done = _prepare(
+        weights, act, top_k, num_tokens, largest,
+        topk_ids_dtype=ids.dtype, topk_weights_dtype=scales.dtype, **options,
     )  # fmt: skip
-    _warm[key] = largest
-    log.info(
-        f"tilewise: serving {act.kind} experts: {experts} here, top {top_k}, hidden {hidden}, "
-        f"intermediate {inter}, {str(weights.dtype).removeprefix('torch.')}; {len(variants)} kernel"
-        f" variants ready for up to {largest} tokens, {time.perf_counter() - start:.1f} s"
-    )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.info(message)
+    if done is not None:
+        log.info("tilewise: serving %s; %s", host.kind_of(weights, act.kind, top_k), done)

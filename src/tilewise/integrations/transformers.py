@@ -11,34 +11,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import warnings
 from collections.abc import Iterator
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..moe.activation import GEGLU, GEGLU_TANH, GELU, GELU_TANH, RELU2, SILU, SWIGLU, Activation
+from ..models import MoEShape
+from ..moe.activation import Activation
 from ..moe.layer import fused_experts
+from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
+from .gates import ACTIVATIONS, GATE_NUMBERS, is_changed, kind_of, recognise
 
 NAME = "tilewise"
+DEVICES_TO_WARM = ("cuda",)
 Model = TypeVar("Model", bound=nn.Module)
 
-# Class of `act_fn` -> activation with and without a gate. A subclass may compute anything else.
-_ACTIVATIONS = {
-    "torch.nn.functional.silu": (SWIGLU, SILU),
-    "torch.nn.modules.activation.SiLU": (SWIGLU, SILU),
-    "transformers.activations.SiLUActivation": (SWIGLU, SILU),
-    "transformers.activations.GELUActivation": (GEGLU, GELU),
-    "transformers.activations.GELUTanh": (GEGLU_TANH, GELU_TANH),
-    "transformers.activations.NewGELUActivation": (GEGLU_TANH, GELU_TANH),
-    "transformers.activations.ReLUSquaredActivation": (None, RELU2),
-}
-# What gates of a model's own call the numbers they take; they may read these and `act_fn`.
-_GATE_NUMBERS = ("alpha", "swiglu_alpha", "limit", "swiglu_limit")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 
@@ -60,21 +51,85 @@ def register() -> None:
         fp8.register(NAME, experts_forward)
 
 
-def use_tilewise(model: Model) -> Model:
+def use_tilewise(model: Model, *, warm_tokens: int | None = None) -> Model:
     """Switches a loaded model's experts to Tilewise; returns the model.
 
     Llama 4's experts cannot be switched by name: their block is given another forward, for good.
+
+    Args:
+        warm_tokens: compile, now, what calls of up to this many tokens can need. Without it each
+            kernel variant is compiled when a call first needs it.
+
+    Raises:
+        ValueError: `warm_tokens` for experts whose config does not say how many a token chooses.
     """
     register()
     for _, block in experts_layers(model):
         if is_llama4(block):
             _switch_llama4(block)
     model.set_experts_implementation(NAME)  # type: ignore[operator]
+    if warm_tokens is not None:
+        _warm(model, warm_tokens)
     return model
 
 
+def _warm(model: nn.Module, max_tokens: int) -> None:
+    """Compiles ahead for every layer that Tilewise serves, once for those that are alike."""
+    served = {name for name, runs in status(model).items() if runs == "tilewise"}
+    done = set()
+    for name, layer in experts_layers(model):
+        llama4 = is_llama4(layer)
+        if (f"{name}.experts".lstrip(".") if llama4 else name) not in served:
+            continue
+        if llama4:
+            weights, top_k = _llama4_weights(layer), layer.top_k
+            activation = ACTIVATIONS[kind_of(layer.experts.act_fn)][0]
+        else:
+            weights, top_k = _weights(layer, _tensors(layer)), _top_k(layer)
+            activation = _activation_of(layer)[1]
+        if activation is None or weights.device.type not in DEVICES_TO_WARM:
+            continue
+        biases = weights.gate_bias, weights.up_bias, weights.down_bias
+        key = (weights.up.shape, weights.up.stride(), weights.down.stride(), weights.dtype,
+               *(b is None for b in biases), weights.device, top_k, activation)  # fmt: skip
+        if key in done:
+            continue
+        done.add(key)
+        experts, inter, hidden = weights.up.shape
+        # Routers give weights in the model's dtype or in fp32.
+        for dtype in {weights.dtype, torch.float32}:
+            warmup(
+                MoEShape(experts, top_k, hidden, inter),
+                max_tokens=max_tokens,
+                dtype=weights.dtype,
+                activation=activation,
+                weights=weights,
+                topk_ids_dtype=torch.int64,
+                topk_weights_dtype=dtype,
+                apply_router_weight_on_input=llama4,
+                routing=False,
+                device=weights.device,
+            )
+
+
+def _top_k(experts: Any) -> int:
+    """Experts per token, which the module's config knows under one of these names."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "top_k")
+    found = (getattr(experts.config, name, None) for name in names)
+    top_k = next((k for k in found if isinstance(k, int)), None)
+    if top_k is None:
+        raise ValueError(
+            f"the config of {type(experts).__name__} has none of {', '.join(names)}: "
+            "call tilewise.warmup yourself"
+        )
+    return top_k
+
+
 def status(model: nn.Module) -> dict[str, str]:
-    """Name of each experts module -> "tilewise", or why it runs its own code in inference."""
+    """Name of each experts module -> "tilewise", or why it runs its own code in inference.
+
+    Weights that accelerate offloads are judged as it will load them.
+    """
     register()
     found = {}
     with torch.no_grad():
@@ -88,6 +143,9 @@ def status(model: nn.Module) -> dict[str, str]:
             else:
                 used = getattr(layer.config, "_experts_implementation", None) == NAME
                 tensors = _tensors(layer)
+                if _is_offloaded(layer):
+                    # As they come in a call, for which accelerate loads them.
+                    tensors = {k: _loaded(t) for k, t in tensors.items()}
                 # A call's inputs come in the dtype of its weights.
                 x = torch.empty(0, dtype=getattr(tensors["down"], "dtype", None))
                 reason = _unsupported(layer, tensors, x, x)[0]
@@ -130,6 +188,17 @@ def experts_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         dispatched = hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
         if dispatched or is_llama4(module):
             yield name, module
+
+
+def _is_offloaded(module: Any) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere and loads them for each call."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def _loaded(tensor: Any) -> Any:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+        return tensor
+    return torch.empty(1, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _tensors(experts: Any) -> dict[str, Any]:
@@ -188,8 +257,9 @@ def _unsupported_tensors(
 def _activation_of(experts: Any) -> tuple[str, Activation | None]:
     """Why the activation is none of ours ("" if it is), and which it is."""
     act_fn = getattr(experts, "act_fn", None)
-    named = act_fn if isinstance(act_fn, FunctionType) else type(act_fn)
-    kind = f"{named.__module__}.{named.__qualname__}"
+    kind = kind_of(act_fn)
+    if is_changed(act_fn):
+        return f"its activation {kind} has hooks or another forward", None
     gated = getattr(experts, "has_gate", True)
     gate = getattr(experts, "_apply_gate", None)
     function = getattr(gate, "__func__", gate)
@@ -199,68 +269,14 @@ def _activation_of(experts: Any) -> tuple[str, Activation | None]:
         of_class = getattr(type(experts), "_apply_gate", None)
         # What was put on the instance may be anything.
         if isinstance(of_class, FunctionType) and "_apply_gate" not in vars(experts):
-            values: list[Any] = [getattr(experts, name, None) for name in _GATE_NUMBERS]
+            values: list[Any] = [getattr(experts, name, None) for name in GATE_NUMBERS]
             numbers = tuple(float(v) if type(v) in (int, float) else None for v in values)
-            activation = _recognise(of_class, kind, numbers, concatenated)
+            activation = recognise(of_class, kind, numbers, concatenated)
         return ("" if activation else "it gates with a function of its own"), activation
     if gated and not concatenated:
         return "its gate and up rows are interleaved, its gate takes halves", None
-    activation = _ACTIVATIONS.get(kind, (None, None))[0 if gated else 1]
+    activation = ACTIVATIONS.get(kind, (None, None))[0 if gated else 1]
     return ("" if activation else f"its activation is {kind}"), activation
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _recognise(
-    function: Any, kind: str, numbers: tuple[float | None, ...], concatenated: bool
-) -> Activation | None:
-    """The activation that a gate of a model's own computes, None if we have none like it."""
-    return _probe(function, kind, numbers, concatenated)
-
-
-@functools.cache
-def _probe(
-    function: Any, kind: str, numbers: tuple[float | None, ...], concatenated: bool
-) -> Activation | None:
-    """Runs the gate on values around every bend, away from its module, and compares.
-
-    The stand-in for the module has the numbers and the activation, nothing else: a gate that reads
-    more fails here, so that whatever is recognised depends on the arguments of this function only.
-    """
-    alphas = sorted({1.0, *(n for n in numbers[:2] if n is not None and math.isfinite(n))})
-    limits = sorted({n for n in numbers[2:] if n is not None and math.isfinite(n) and n > 0})
-    known = {name: n for name, n in zip(_GATE_NUMBERS, numbers, strict=True) if n is not None}
-    stand_in = SimpleNamespace(**known)
-    kinds = ["swiglu"]
-    own = _ACTIVATIONS.get(kind, (None, None))[0]
-    if own is not None:
-        module, _, name = kind.rpartition(".")
-        act_fn = getattr(importlib.import_module(module), name)
-        stand_in.act_fn = act_fn if isinstance(act_fn, FunctionType) else act_fn()
-        if own.kind not in kinds:
-            kinds.append(own.kind)
-    with torch.no_grad(), torch.device("cpu"):
-        values = torch.linspace(-12.0, 12.0, 97, dtype=torch.float32)
-        bends = [n * scale for n in limits for scale in (-1.5, -1.01, -0.99, 0.99, 1.01, 1.5)]
-        values = torch.cat([values, torch.tensor([*bends, -300.0, 1e-4, 300.0])])
-        gate = values[:, None].expand(-1, len(values)).contiguous()
-        up = gate.mT.contiguous()
-        pair = (gate, up)
-        rows = torch.cat(pair, -1) if concatenated else torch.stack(pair, -1).flatten(1)
-        try:
-            actual = function(stand_in, rows)
-        except Exception:
-            return None
-        if not isinstance(actual, torch.Tensor) or actual.shape != gate.shape:
-            return None
-        for limit in (None, *limits):
-            for name in kinds:
-                for alpha in alphas if name == "swiglu" else [1.0]:
-                    for beta in (0.0, 1.0):
-                        activation = Activation(name, alpha, beta, limit)
-                        expected = activation.apply(gate, up)
-                        if torch.allclose(actual.float(), expected, rtol=1e-5, atol=1e-6):
-                            return activation
-    return None
 
 
 def _own_forward(experts: Any) -> Any:
@@ -307,13 +323,16 @@ def _llama4_forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tenso
         return output
     router_scores, router_logits = self.router(x)
     topk_weights, topk_ids = router_scores.topk(self.top_k, dim=1)
-    weights = ExpertWeights.from_gate_up(
-        self.experts.gate_up_proj, self.experts.down_proj, transposed=True
-    )
+    weights = _llama4_weights(self)
     routed = fused_experts(
         x, weights, topk_weights, topk_ids, activation=activation, apply_router_weight_on_input=True
     )
     return self.shared_expert(x) + routed, router_logits
+
+
+def _llama4_weights(block: Any) -> ExpertWeights:
+    experts = block.experts
+    return ExpertWeights.from_gate_up(experts.gate_up_proj, experts.down_proj, transposed=True)
 
 
 def _unsupported_llama4(block: Any, x: torch.Tensor) -> tuple[str, Activation | None]:
@@ -323,8 +342,10 @@ def _unsupported_llama4(block: Any, x: torch.Tensor) -> tuple[str, Activation | 
             return f"its {name} is a {type(module).__name__}", None
     if experts._forward_hooks or experts._forward_pre_hooks:
         return "its experts have hooks, which would not run", None
-    kind = f"{type(experts.act_fn).__module__}.{type(experts.act_fn).__qualname__}"
-    activation = _ACTIVATIONS.get(kind, (None, None))[0]
+    kind = kind_of(experts.act_fn)
+    if is_changed(experts.act_fn):
+        return f"its activation {kind} has hooks or another forward", None
+    activation = ACTIVATIONS.get(kind, (None, None))[0]
     if activation is None:
         return f"its activation is {kind}", None
     tensors = {"up": experts.gate_up_proj, "down": experts.down_proj}

@@ -1,14 +1,15 @@
 """Tilewise as a plug-in of vLLM, 0.24 and newer: the experts of unquantised MoE layers.
 
 Installing Tilewise beside vLLM is enough: vLLM finds `register` by its entry point and calls it in
-every process. `TILEWISE_VLLM=0` switches it off. What Tilewise does not serve runs on vLLM's own
-path, and the log says why.
+every process. `TILEWISE_VLLM=0` switches it off; `TILEWISE_VLLM=1` uses it where vLLM would choose
+another backend than Triton, too. What Tilewise does not serve runs on vLLM's own path, and the log
+says why.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import logging
 import os
 from importlib import import_module
 from typing import Any
@@ -24,6 +25,7 @@ from ..moe.activation import (
     SWIGLU_OAI,
     Activation,
 )
+from .host import logger
 
 SWITCH = "TILEWISE_VLLM"
 
@@ -72,6 +74,36 @@ MEMBERS = {
         "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "w1_bias", "w2_bias",
     ),
 }  # fmt: skip
+# All that these classes offer in the releases we know. A release that adds a name fails the tests,
+# so that someone decides what it means; on a user's machine it is logged.
+KNOWN = {
+    f"{_KERNEL}:FusedMoEExpertsModular": frozenset({
+        "a1_gscale", "a1_scale", "a2_gscale", "a2_scale", "activation", "activation_format",
+        "adjust_N_for_activation", "apply", "block_shape", "consumes_expert_mask",
+        "expects_unquantized_inputs", "finalize_weight_and_reduce_impl", "g1_alphas", "g2_alphas",
+        "is_monolithic", "is_supported_config", "moe_problem_size", "output_hidden_dim",
+        "per_act_token_quant", "per_out_ch_quant", "post_gemm2_hook",
+        "process_weights_after_loading", "quant_dtype", "supports_lora",
+        "supports_packed_ue8m0_act_scales", "w1_bias", "w1_scale", "w1_zp", "w2_bias", "w2_scale",
+        "w2_zp", "weight_quant_dtype", "workspace_dtype", "workspace_shapes",
+    }),
+    f"{_LAYERS}.config:FusedMoEConfig": frozenset({
+        "activation", "activation_situ_beta", "activation_situ_linear_beta",
+        "aiter_fmoe_shared_expert_enabled", "defer_moe_finalize_max_num_tokens", "device",
+        "elastic_ep_max_dp_size", "experts_per_token", "has_bias", "has_hash_routing", "hidden_dim",
+        "hidden_dim_unpadded", "in_dtype", "intermediate_pad", "intermediate_size",
+        "intermediate_size_per_partition", "intermediate_size_per_partition_unpadded",
+        "is_lora_enabled", "max_capture_size", "max_num_tokens", "moe_backend",
+        "moe_parallel_config", "num_experts", "num_local_experts", "num_logical_experts",
+        "require_decomposed_backend", "rocm_aiter_fmoe_enabled", "router_logits_dtype",
+        "routing_method", "shared_expert_prefix", "skip_final_all_reduce", "swiglu_alpha",
+        "swiglu_beta", "swiglu_limit", "tp_shard_with_padding", "use_mxfp4_w4a4_dsv4",
+    }),
+    f"{_LAYERS}.config:FusedMoEParallelConfig": frozenset({
+        "all2all_backend", "dp_rank", "dp_size", "enable_eplb", "ep_rank", "ep_size",
+        "is_sequence_parallel", "pcp_rank", "pcp_size", "sp_size", "tp_rank", "tp_size", "use_ep",
+    }),
+}  # fmt: skip
 # The static methods that say what experts support, abstract in vLLM's base class.
 SUPPORTS = (
     "activation_format",
@@ -100,7 +132,7 @@ def register() -> None:
     Calling it again changes nothing. It never raises: a vLLM that it does not know keeps its own
     experts.
     """
-    log = _logger()
+    log = logger("vllm")
     if os.environ.get(SWITCH, "1") == "0":
         log.info("tilewise: off, %s=0", SWITCH)
         return
@@ -123,6 +155,13 @@ def register() -> None:
         replaced.register_oot(method)
         # Registering renames the op; `custom_ops` of vLLM's configuration names the original.
         method.name = name
+        log.info(
+            "tilewise: on for unquantised experts, %s=0 switches it off; quantised layers, and "
+            "models that call vLLM's fused_experts themselves, never ask it",
+            SWITCH,
+        )
+        if new := additions():
+            log.info("tilewise: unknown to it in this vLLM: %s", ", ".join(new))
     except Exception as error:
         log.warning("tilewise: not used, %s: %s", type(error).__name__, error)
 
@@ -152,6 +191,20 @@ def mismatch() -> str | None:
     ours = {*SUPPORTS, "apply", "workspace_shapes", "finalize_weight_and_reduce_impl"}
     unknown = abstract - ours
     return f"its experts must define {', '.join(sorted(unknown))}" if unknown else None
+
+
+def additions() -> list[str]:
+    """Names of this vLLM that none of the releases we know has."""
+    found = []
+    for name, known in KNOWN.items():
+        owner = _find(name)
+        names = (
+            {field.name for field in dataclasses.fields(owner)}
+            if dataclasses.is_dataclass(owner)
+            else set(dir(owner))
+        )
+        found += [n for n in sorted(names - known) if not n.startswith("_")]
+    return found
 
 
 def translate(
@@ -202,8 +255,3 @@ def _function(name: str) -> Any:
     owner, _, attribute = name.rpartition(".")
     found = inspect.getattr_static(_find(owner), attribute)
     return getattr(found, "__func__", found)
-
-
-def _logger() -> Any:
-    """A logger below vLLM's, which has the handlers."""
-    return logging.getLogger("vllm.tilewise")

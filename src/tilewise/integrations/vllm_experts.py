@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
-import time
+import os
 from importlib import import_module
 from typing import Any
 
@@ -14,9 +13,9 @@ from ..models import MoEShape
 from ..moe.activation import Activation
 from ..moe.explain import workspace_size
 from ..moe.layer import fused_experts
-from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
-from .vllm import ACTIVATIONS, translate
+from . import host
+from .vllm import ACTIVATIONS, SWITCH, translate
 
 _LAYERS = "vllm.model_executor.layers.fused_moe"
 _kernel: Any = import_module(f"{_LAYERS}.modular_kernel")
@@ -26,7 +25,7 @@ _backends: Any = import_module(f"{_LAYERS}.oracle.unquantized").UnquantizedMoeBa
 _platforms: Any = import_module("vllm.platforms")
 _envs: Any = import_module("vllm.envs")
 
-log = logging.getLogger("vllm.tilewise")
+log = host.logger("vllm")
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Ways to move tokens whose outputs are laid out for kernels of their own.
@@ -36,15 +35,12 @@ _FOREIGN_TRANSPORT = (
     "use_moonep_kernels",
 )
 
-_said: set[str] = set()
-# What was compiled ahead, for all layers of this process -> the largest call.
-_warm: dict[tuple[Any, ...], int] = {}
+# Backends for quantised layers alone: with them vLLM chooses freely for the others.
+_QUANTISED_ONLY = ("humming", "marlin")
 
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        log.info(message)
+_say_once = host.Once(log.info)
+_prepare = host.Preparation()
+_serving: set[str] = set()
 
 
 class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
@@ -63,7 +59,6 @@ class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
             raise NotImplementedError(f"tilewise: {known}; TILEWISE_VLLM=0 uses vLLM's experts")
         self._act, self._layout = known
         self._batch_invariant = bool(getattr(_envs, "VLLM_BATCH_INVARIANT", False))
-        self._views: tuple[tuple[Any, ...], ExpertWeights] | None = None
 
     @staticmethod
     def activation_format() -> Any:
@@ -135,11 +130,21 @@ class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        wanted = self.moe_config.activation.value
+        if activation.value != wanted:
+            raise ValueError(f"tilewise: activation {activation.value}, the layer has {wanted}")
+        if getattr(self, "post_gemm2_hook", None) is not None:
+            raise NotImplementedError(
+                f"tilewise: post_gemm2_hook is not supported; {SWITCH}=0 uses vLLM's experts"
+            )
         weights = self.views(w1, w2)
         num_tokens, top_k = topk_ids.shape
-        self.warm(
-            weights, top_k, num_tokens, topk_ids.dtype, topk_weights.dtype, expert_map is not None
-        )
+        with_map = expert_map is not None
+        try:
+            self.warm(weights, top_k, num_tokens, topk_ids.dtype, topk_weights.dtype, with_map)
+        except host.Unprepared as error:
+            # This call may need none of the kernels that failed.
+            _say_once(f"tilewise: {error}")
         if apply_router_weight_on_input:
             # vLLM has scaled the input before it comes here.
             topk_weights = torch.ones_like(topk_weights)
@@ -156,19 +161,10 @@ class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
         )
 
     def views(self, w1: torch.Tensor, w2: torch.Tensor) -> ExpertWeights:
-        """The layer's weights as ours, made again only if they moved."""
-        key = (w1.data_ptr(), w2.data_ptr(), w1.shape, w1.stride(), w2.stride())
-        if self._views is None or self._views[0] != key:
-            w1, w2 = w1.detach(), w2.detach()
-            bias, down_bias = self.quant_config.w1_bias, self.quant_config.w2_bias
-            if self._act.is_gated:
-                weights = ExpertWeights.from_gate_up(
-                    w1, w2, layout=self._layout, gate_up_bias=bias, down_bias=down_bias
-                )
-            else:
-                weights = ExpertWeights.from_ungated(w1, w2, up_bias=bias, down_bias=down_bias)
-            self._views = (key, weights)
-        return self._views[1]
+        """The layer's weights as ours; nothing that would keep their memory is kept."""
+        quant = self.quant_config
+        gated, layout = self._act.is_gated, self._layout
+        return host.views(w1, w2, quant.w1_bias, quant.w2_bias, gated=gated, layout=layout)
 
     def warm(
         self,
@@ -184,50 +180,30 @@ class TilewiseExperts(_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
         vLLM's profiling run makes its largest call with the dtypes of its router, so that a
         combination that was not foreseen is met there.
         """
-        key = (
-            weights.up.shape, weights.up.stride(), weights.down.stride(), weights.dtype,
-            weights.gate_bias is None, weights.up_bias is None, weights.down_bias is None,
-            weights.device, top_k, self._act, ids_dtype, weights_dtype, expert_map,
-            self._batch_invariant,
-        )  # fmt: skip
-        if num_tokens <= _warm.get(key, 0):
-            return
         config = self.moe_config
         # Ranks that share a batch send each other their tokens.
         largest = config.max_num_tokens * max(config.moe_parallel_config.dp_size, 1)
-        largest = max(largest, num_tokens)
-        experts, inter, hidden = weights.up.shape
-        start = time.perf_counter()
-        variants = warmup(
-            MoEShape(max(experts, top_k), top_k, hidden, inter),
-            max_tokens=largest,
-            dtype=weights.dtype,
-            activation=self._act,
-            weights=weights,
-            topk_ids_dtype=ids_dtype,
-            topk_weights_dtype=weights_dtype,
-            expert_map=expert_map,
+        done = _prepare(
+            weights, self._act, top_k, num_tokens, max(largest, num_tokens),
+            topk_ids_dtype=ids_dtype, topk_weights_dtype=weights_dtype, expert_map=expert_map,
             batch_invariant=self._batch_invariant,
-            routing=False,
-            device=weights.device,
-        )
-        _warm[key] = largest
-        log.info(
-            "tilewise: %d kernel variants ready for up to %d tokens, %.1f s",
-            len(variants),
-            largest,
-            time.perf_counter() - start,
-        )
+        )  # fmt: skip
+        if done is not None:
+            log.info("tilewise: %s", done)
 
 
 class TilewiseMoEMethod(_method.UnquantizedFusedMoEMethod):  # type: ignore[misc]
     """vLLM's method for unquantised experts, with ours where they serve the layer."""
 
     is_tilewise = True
+    unquantized_backend: Any
+    experts_cls: Any
+    moe_kernel: Any
 
     def __init__(self, moe: Any) -> None:
         super().__init__(moe)
-        reason = why_not(moe)
+        self._theirs = self.unquantized_backend, self.experts_cls
+        reason = why_not(moe, self.unquantized_backend)
         if reason is not None:
             _say_once(f"tilewise: leaving experts to vLLM: {reason}")
             return
@@ -236,29 +212,38 @@ class TilewiseMoEMethod(_method.UnquantizedFusedMoEMethod):  # type: ignore[misc
         self.experts_cls = TilewiseExperts
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
-        experts = None if self.moe_kernel is None else self.moe_kernel.fused_experts
-        if not isinstance(experts, TilewiseExperts):
+        # Weights that are updated later find the kernel that was chosen at first.
+        if self.experts_cls is not TilewiseExperts or self.moe_kernel is not None:
+            super().process_weights_after_loading(layer)
             return
+        try:
+            super().process_weights_after_loading(layer)
+            self._warm(layer)
+        except Exception as error:
+            if self._theirs[0] is not _backends.TRITON:
+                log.error("tilewise: failed; %s=0 uses vLLM's experts", SWITCH)
+                raise  # Their weights would have been made in other sizes.
+            log.warning("tilewise: leaving experts to vLLM: %s: %s", type(error).__name__, error)
+            self.unquantized_backend, self.experts_cls = self._theirs
+            self.moe_kernel = None
+            super().process_weights_after_loading(layer)
+
+    def _warm(self, layer: Any) -> None:
+        experts = self.moe_kernel.fused_experts
         weights = experts.views(layer.w13_weight, layer.w2_weight)
         top_k = self.moe.experts_per_token
-        experts.warm(
-            weights,
-            top_k,
-            1,
-            self.topk_indices_dtype or torch.int32,
-            expert_map=getattr(layer, "expert_map", None) is not None,
-        )
-        local, inter, hidden = weights.up.shape
-        _say_once(
-            f"tilewise: serving {self.moe.activation.value} experts: {local} here, top {top_k}, "
-            f"hidden {hidden}, intermediate {inter}, {str(weights.dtype).removeprefix('torch.')}"
-        )
+        ids_dtype = self.topk_indices_dtype or torch.int32
+        with_map = getattr(layer, "expert_map", None) is not None
+        experts.warm(weights, top_k, 1, ids_dtype, expert_map=with_map)
+        kind = host.kind_of(weights, self.moe.activation.value, top_k)
+        if kind not in _serving:
+            _serving.add(kind)
+            log.info("tilewise: serving %s", kind)
 
 
-def why_not(moe: Any) -> str | None:
-    """Why these layers stay with vLLM; None if Tilewise serves them."""
-    if moe.moe_backend != "auto":
+def why_not(moe: Any, chosen: Any) -> str | None:
+    """Why these layers stay with vLLM, which chose a backend; None if Tilewise serves them."""
+    if moe.moe_backend not in ("auto", *_QUANTISED_ONLY):
         return f"moe_backend={moe.moe_backend} was asked for"
     if getattr(moe, "rocm_aiter_fmoe_enabled", False):
         return "AITER was asked for"
@@ -271,7 +256,11 @@ def why_not(moe: Any) -> str | None:
     if not served:
         return str(reason).removeprefix("kernel does not support ")
     known = translate(moe.activation.value, *_clamp(moe))
-    return known if isinstance(known, str) else None
+    if isinstance(known, str):
+        return known
+    if chosen is not _backends.TRITON and os.environ.get(SWITCH) != "1":
+        return f"vLLM chose {chosen.name}, {SWITCH}=1 puts Tilewise in its place"
+    return None
 
 
 def _clamp(moe: Any, quant: Any = None) -> tuple[float | None, float | None, float | None]:
