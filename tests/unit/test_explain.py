@@ -63,13 +63,13 @@ def test_saving_of_mixtral_by_hand() -> None:
 
 
 def test_account_of_a_tiny_call_by_hand() -> None:
-    report = explain(TINY, 4, target=H200, active_experts=3)
+    report = explain(TINY, 3, target=H200, active_experts=3)
     assert report.weight_bytes == 3 * 3 * 64 * 32 * 2
-    assert report.flops == 2 * 3 * (4 * 2) * 64 * 32
-    rows, ints = 8, 4 + 8 + 8 + 8  # Parts of 4, 5, 8 and 8, each to the next four.
-    assert report.activation_bytes == (2 * 4 * 64 + 2 * rows * 32 + 2 * rows * 64) * 2 + 8 * ints
-    # 36864 B of weights and 1024 B of tokens at 4800 GB/s: memory bound.
-    assert report.floor_us == pytest.approx((36864 + 1024) / 4800e9 * 1e6)
+    assert report.flops == 2 * 3 * (3 * 2) * 64 * 32
+    rows, ints = 6, 4 + 8 + 8 + 8  # Parts of 4, 5, 6 and 6, each to the next four.
+    assert report.activation_bytes == (2 * 3 * 64 + 2 * rows * 32 + 2 * rows * 64) * 2 + 8 * ints
+    # 36864 B of weights and 768 B of tokens at 4800 GB/s: memory bound.
+    assert report.floor_us == pytest.approx((36864 + 768) / 4800e9 * 1e6)
     assert (report.target, report.source, report.active_experts) == ("sm_90", "closed form", 3)
 
 
@@ -141,10 +141,10 @@ def test_workspace_grows_with_the_call(name: str, options: dict[str, Any]) -> No
 
 
 def test_workspace_by_hand() -> None:
-    # Plan: 4 + 8 + 8 + 8 ints in 112 B; activations: 8 x 32 x 2 B; rows: 8 x 64 x 2 B. All to
+    # Plan: 4 + 8 + 8 + 8 ints in 112 B; activations: 6 x 32 x 2 B; rows: 6 x 64 x 2 B. All to
     # the next 256 B.
-    assert workspace_size(TINY, 4, target=H200) == 256 + 512 + 1024
-    assert workspace_size(TINY, 4, target=H200, dtype=torch.float32) == 256 + 1024 + 2048
+    assert workspace_size(TINY, 3, target=H200) == 256 + 512 + 768
+    assert workspace_size(TINY, 3, target=H200, dtype=torch.float32) == 256 + 768 + 1536
     assert workspace_size(TINY, 2, target=H200) == 256  # Decode: 4 x 32 x 2 B of activations.
     assert workspace_size(TINY, 2, target=H200, reduce=False) == 256 + 256 + 512
     assert workspace_size(TINY, -1, target=H200) == 0

@@ -48,15 +48,6 @@ def idle_share(gemm: GroupedGemm, target: Target, block_m: int, block_n: int) ->
     return -(-tiles // target.num_sms) * target.num_sms / tiles
 
 
-def waves(gemm: GroupedGemm, target: Target, block_m: int, block_n: int, short: int = 0) -> float:
-    """Waves of tiles when as few segments are active as can be; short last tiles count as 0.6."""
-    active = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
-    heights = -(-gemm.max_segment_rows // block_m)
-    last = gemm.max_segment_rows - (heights - 1) * block_m
-    mean = (heights - 1 + (0.6 if last <= short else 1.0)) / heights
-    return mean * -(-active * heights * -(-gemm.n // block_n) // target.num_sms)
-
-
 def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """Rows by pointer, weights by descriptor, often two of them: Hopper's gate and up."""
     rows, mean = gemm.max_segment_rows, gemm.max_rows / gemm.num_segments
@@ -87,10 +78,6 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
     if narrow and rows <= 1024:
         return tile(64, 128, 64, 4, 4)
     if mean < 512 and not narrow:
-        tall = waves(gemm, target, 128, 128, short=64)
-        # A tile of half the height takes a little more than half the time.
-        if rows <= 1024 and 0.55 * waves(gemm, target, 64, 128) < tall:
-            return tile(64, 128, 64, 4, 4)
         return tile(128, 128, 64, 8, 4, tail=64)
     if gemm.n >= 4096:
         return replace(tile(128, 128, 64, 8, 4), persistent=True, store_parts=1)

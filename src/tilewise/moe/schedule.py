@@ -13,7 +13,6 @@ from ..target import Target
 
 # Up to this many tokens every program streams its own expert; measured in docs/performance.md.
 DECODE_TOKENS = 2
-NARROW_DECODE_TOKENS = 3  # With up to 256 columns, where tiles keep few multiprocessors busy.
 DECODE_TOP_K = 32
 MAX_GRID_Y = 65535
 # The batch that batch-invariant calls choose for, whatever theirs is: a tile of 64 rows serves all.
@@ -93,8 +92,7 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     if (
         problem.reduce
         and not problem.batch_invariant
-        and problem.num_tokens
-        <= (NARROW_DECODE_TOKENS if problem.intermediate_size <= 256 else DECODE_TOKENS)
+        and problem.num_tokens <= DECODE_TOKENS
         and problem.top_k <= DECODE_TOP_K
     ):
         return LayerConfig("decode", choose_stream(gate_up, target), choose_stream(down, target))
