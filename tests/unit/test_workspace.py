@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.explain import workspace_size
-from tilewise.moe.schedule import LayerProblem, schedule
+from tilewise.moe.schedule import LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
 from tilewise.target import CATALOGUE, Target
 
@@ -41,3 +43,6 @@ def test_batch_invariant_calls_share_none() -> None:
     for arch in ("sm_90", "sm_100", "gfx942"):
         layer = schedule(problem, CATALOGUE[arch])
         assert layer.gate_up.split_k == layer.down.split_k == 1
+    shared = schedule(replace(problem, batch_invariant=False), CATALOGUE["sm_90"])
+    with pytest.raises(ValueError, match=r"config.gate_up.split_k=4: .* takes split_k=1"):
+        given_schedule(shared.to_json(), problem, CATALOGUE["sm_90"])

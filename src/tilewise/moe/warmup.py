@@ -100,8 +100,13 @@ def warmup(
     if weights is not None:
         given = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
         for shape in shapes:
-            wanted = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
-            if wanted != given or weights.is_gated is not activation.is_gated:
+            # A device may hold fewer experts than a token chooses: a shape then counts more.
+            fits = (
+                shape.num_experts >= weights.num_local_experts
+                and (shape.hidden_size, shape.intermediate_size) == given[1:]
+                and (shape.num_experts == weights.num_local_experts or shape.top_k > given[0])
+            )
+            if not fits or weights.is_gated is not activation.is_gated:
                 raise ValueError(
                     f"weights of (experts, hidden, intermediate) {given} do not go with {shape} "
                     f"and activation {activation.kind!r}: warm up one layer at a time"
