@@ -140,8 +140,8 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
         kernel_config = getattr(config, name)
         if problem.batch_invariant and kernel_config.split_k > 1:
             raise ValueError(
-                f"config.{name}.split_k={kernel_config.split_k}: how many programs share a reduction "
-                "depends on the batch; batch_invariant=True takes split_k=1"
+                f"config.{name}.split_k={kernel_config.split_k}: how many programs share a "
+                "reduction depends on the batch; batch_invariant=True takes split_k=1"
             )
         reason = why_illegal(kernel_config, gemm, target)
         if reason is not None:
