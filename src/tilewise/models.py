@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 
@@ -50,8 +51,25 @@ MODELS: dict[str, MoEShape] = {
 
 
 def moe_shape(name: str) -> MoEShape:
-    """The shape of a model by name, with an optional "@tpN" suffix for a tensor-parallel shard."""
-    base, _, shard = name.partition("@tp")
+    """The shape of a model by name, with an optional "@tpN" suffix for a tensor-parallel shard.
+
+    Args:
+        name: of `MODELS`, in any case; of a name with slashes ("Qwen/Qwen3-30B-A3B") the last part.
+
+    Raises:
+        TypeError: `name` is no string.
+        ValueError: No such model, or a suffix that is not "@tpN" with N that divides its columns.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name is a string, got {name!r}; known: {', '.join(MODELS)}")
+    base, at, suffix = name.lower().rpartition("/")[2].partition("@")
     if base not in MODELS:
-        raise ValueError(f"unknown model {base!r}; known: {', '.join(MODELS)}")
-    return MODELS[base].sharded(int(shard)) if shard else MODELS[base]
+        near = difflib.get_close_matches(base, MODELS, n=1, cutoff=0.7)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown model {base!r}{hint}; known: {', '.join(MODELS)}")
+    if not at:
+        return MODELS[base]
+    shard = suffix.removeprefix("tp")
+    if not suffix.startswith("tp") or not shard.isdecimal() or int(shard) < 1:
+        raise ValueError(f"{name!r}: the suffix of a shard is @tpN, for example {base}@tp2")
+    return MODELS[base].sharded(int(shard))

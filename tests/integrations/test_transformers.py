@@ -612,6 +612,12 @@ def test_llama4_blocks_that_run_their_own_code(monkeypatch: pytest.MonkeyPatch) 
     integration._llama4_agrees.cache_clear()
 
 
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "a name", None], ids=str)
+def test_models_without_experts_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="no experts of transformers found in"):
+        integration.use_tilewise(model)
+
+
 def test_status_says_what_runs_and_why_not() -> None:
     model = tiny_model()
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]

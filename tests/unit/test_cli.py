@@ -377,3 +377,20 @@ def test_kernels_loads_the_package(tmp_path: Path) -> None:
     layer = kernel.FusedMoE(kernel.MoEShape(4, 2, 32, 16), dtype=torch.float32)
     with torch.no_grad():
         assert layer(torch.randn(3, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor", "--device", "foo"],
+        ["demo", "--device", "cuda:99"],
+        ["bench", "--device", "tpu"],
+        ["bench", "--tokens", "abc"],
+        ["bench", "--tokens", "1,,2"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_said_in_words(arguments: list[str]) -> None:
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "use one of cpu" in result.output or "integers with commas" in result.output

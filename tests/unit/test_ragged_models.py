@@ -51,6 +51,23 @@ def test_moe_shape() -> None:
         assert moe_shape(f"{name}@tp1") == shape
 
 
+def test_shapes_by_other_names() -> None:
+    assert moe_shape("Qwen/Qwen3-30B-A3B@tp2") == MODELS["qwen3-30b-a3b"].sharded(2)
+
+
+@pytest.mark.parametrize("suffix", ["@tp", "@ep8", "@xx", "@tptp2", "@tp0", "@"])
+def test_suffixes_that_are_no_shard(suffix: str) -> None:
+    with pytest.raises(ValueError, match="suffix of a shard is @tpN"):
+        moe_shape(f"mixtral-8x7b{suffix}")
+
+
+def test_names_that_are_near_or_none() -> None:
+    with pytest.raises(ValueError, match="did you mean 'qwen3-30b-a3b'"):
+        moe_shape("qwen3-30b")
+    with pytest.raises(TypeError, match="a model's name is a string, got 3"):
+        moe_shape(3)  # type: ignore[arg-type]
+
+
 def test_shapes_refuse() -> None:
     with pytest.raises(ValueError, match=r"unknown model 'gpt-2'; known: mixtral-8x7b, .*kimi-k2"):
         moe_shape("gpt-2")

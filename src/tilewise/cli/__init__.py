@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 try:
     import typer
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "the command line needs typer and rich: pip install 'tilewise[cli]'"
-    ) from error
+except ModuleNotFoundError:
+    print("the command line needs typer and rich: pip install '.[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 from .. import __version__
 from .bench import bench

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from ..moe.layer import fused_experts
 from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
 from ..target import Target
+from .device import checked_device
 
 ROUTINGS = ("uniform", "zipf", "hot")
 REPLAY_BYTES = 200e6  # Active weights of one replay: well past any L2.
@@ -46,7 +48,7 @@ def bench(
     models: Annotated[
         list[str] | None, typer.Argument(help='By name, or a shard: "deepseek-v3@tp8".')
     ] = None,
-    tokens: str = typer.Option("1,8,64,512,4096", help="Token counts."),
+    tokens: str = typer.Option("1,8,64,512,4096", help="Token counts: integers, with commas."),
     routings: str = typer.Option("uniform", help=f"Of {', '.join(ROUTINGS)}."),
     dtype: str = typer.Option("bf16", help='"bf16" or "fp16".'),
     peers: str = typer.Option("", help="Of vllm, torch, transformers; all that import if empty."),
@@ -65,7 +67,7 @@ def bench(
     if from_file is not None:
         results = json.loads(from_file.read_text())
     else:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = checked_device(device)
         if device == "cpu":
             console.print(
                 "[yellow]No GPU: a tiny layer in plain torch runs in place of each model. These "
@@ -95,8 +97,12 @@ def _listed(text: str) -> list[str]:
 def _cells(
     models: Sequence[str], tokens: str, routings: str, tiny: bool
 ) -> list[tuple[str, MoEShape, int, str]]:
+    if not re.fullmatch(r"\d+(,\d+)*", tokens.replace(" ", "")):
+        raise typer.BadParameter(
+            f"--tokens {tokens!r}: integers with commas between them, such as 1,64,4096"
+        )
+    counts = [int(count) for count in _listed(tokens)]
     try:
-        counts = [int(count) for count in _listed(tokens)]
         shapes = {name: moe_shape(name) for name in models}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .device import checked_device
+
 # The model's own loop over experts, torch's grouped product as transformers uses it, and ours.
 EXPERTS = ("eager", "grouped_mm", "tilewise")
 
@@ -52,7 +54,7 @@ def demo(
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(width=None if sys.stdout.isatty() else 110)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
     if device == "cpu":
         # The model is too small for more, and on a busy machine threads wait for each other.
         torch.set_num_threads(1)

@@ -34,6 +34,7 @@ from ..moe.launch import INTERPRETED
 from ..moe.schedule import LayerConfig
 from ..moe.weights import ExpertWeights
 from ..target import CATALOGUE, Target
+from .device import checked_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Norm of the error over norm of the result: about three times what rounding costs.
@@ -75,7 +76,7 @@ def doctor(
     Exits with 1 if a result is wrong or something known to be broken is installed.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
     target = Target.probe(device)
     findings = known(target, versions())
     jobs = list(self_test(device, target))

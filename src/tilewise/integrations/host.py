@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -14,6 +15,19 @@ from ..models import MoEShape
 from ..moe.activation import Activation
 from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
+
+OFF = ("0", "false", "off", "no")
+ON = ("", "1", "true", "on", "yes")
+
+
+def switched_off(name: str, log: logging.Logger) -> bool:
+    """Whether the environment switches a plug-in off; what says neither does, with a warning."""
+    value = os.environ.get(name, "").strip().lower()
+    if value not in OFF + ON:
+        log.warning("tilewise: %s=%r is neither 0 nor 1 and is taken for 0", name, value)
+        return True
+    return value in OFF
+
 
 # Kinds of layers whose tensors fit together; names and numbers only, no tensor.
 _fitting: set[tuple[Any, ...]] = set()

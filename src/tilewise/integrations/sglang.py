@@ -82,8 +82,8 @@ def register() -> None:
 
     Calling it again changes nothing. It never raises: an unknown SGLang keeps its own experts.
     """
-    if os.environ.get(SWITCH, "1") == "0":
-        log.info("tilewise: off, %s=0", SWITCH)
+    if host.switched_off(SWITCH, log):
+        log.info("tilewise: off, %s=%s", SWITCH, os.environ[SWITCH])
         return
     try:
         resolve_name(_TRITON)  # Registers SGLang's own function.

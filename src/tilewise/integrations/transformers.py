@@ -61,10 +61,17 @@ def use_tilewise(model: Model, *, warm_tokens: int | None = None) -> Model:
             kernel variant is compiled when a call first needs it.
 
     Raises:
-        ValueError: `warm_tokens` for experts whose config does not say how many a token chooses.
+        ValueError: The model has no experts; or `warm_tokens` for experts whose config does not say
+            how many a token chooses.
     """
+    blocks = list(experts_layers(model)) if isinstance(model, nn.Module) else []
+    if not blocks or not hasattr(model, "set_experts_implementation"):
+        raise ValueError(
+            f"no experts of transformers found in {type(model).__name__}: use_tilewise takes a "
+            "whole model with MoE layers, as from_pretrained returns it"
+        )
     register()
-    for _, block in experts_layers(model):
+    for _, block in blocks:
         if is_llama4(block):
             _switch_llama4(block)
     model.set_experts_implementation(NAME)  # type: ignore[operator]

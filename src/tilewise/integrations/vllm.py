@@ -25,7 +25,7 @@ from ..moe.activation import (
     SWIGLU_OAI,
     Activation,
 )
-from .host import logger
+from .host import logger, switched_off
 
 SWITCH = "TILEWISE_VLLM"
 
@@ -133,8 +133,8 @@ def register() -> None:
     experts.
     """
     log = logger("vllm")
-    if os.environ.get(SWITCH, "1") == "0":
-        log.info("tilewise: off, %s=0", SWITCH)
+    if switched_off(SWITCH, log):
+        log.info("tilewise: off, %s=%s", SWITCH, os.environ[SWITCH])
         return
     try:
         registry = import_module("vllm.model_executor.custom_op").op_registry_oot
