@@ -74,7 +74,7 @@ def test_shapes_refuse() -> None:
     with pytest.raises(ValueError, match="intermediate_size=14336 does not divide by 5"):
         moe_shape("mixtral-8x7b@tp5")
     with pytest.raises(ValueError, match="does not divide by 0"):
-        moe_shape("mixtral-8x7b@tp0")
+        MODELS["mixtral-8x7b"].sharded(0)
     with pytest.raises(ValueError, match="top_k=3 exceeds num_experts=2"):
         MoEShape(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"every size must be at least 1, got MoEShape\(.*=0"):
