@@ -40,7 +40,6 @@ VARIANTS = {
     "split_swapped": KernelConfig(
         16, 64, 16, 2, swap_operands=True, descriptors=True, split_k=4, occupancy=64
     ),
-    "split_tail": KernelConfig(64, 64, 16, 2, descriptors=True, tail_m=32, split_k=4, occupancy=64),
 }
 
 

@@ -62,6 +62,8 @@ H200, RTX, MI300 = (Target.from_arch(a) for a in ("sm_90", "sm_89", "gfx942"))
         ({"tail_m": 8}, "tail_m=8 must be 0, or a power of two from 16 to below block_m=64"),
         ({"tail_m": 48}, "tail_m=48 must be 0"),
         ({"tail_m": 64}, "tail_m=64 must be 0"),
+        ({"tail_m": 16, "split_k": 2}, "do not go together"),
+        ({"split_k": 2, "occupancy": 65}, "occupancy=65 with split_k is at most 64"),
         ({"persistent": True, "tail_m": 16}, "neither tail_m nor split_k"),
         ({"persistent": True, "split_k": 2}, "neither tail_m nor split_k"),
         ({"descriptors": True, "store_parts": 3}, "store_parts=3 must be 0"),

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from tilewise.dispatch.config import KernelConfig, fit, why_illegal
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.explain import workspace_size
-from tilewise.moe.schedule import LayerProblem, given_schedule, schedule
+from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
 from tilewise.target import CATALOGUE, Target
 
@@ -46,3 +47,27 @@ def test_batch_invariant_calls_share_none() -> None:
     shared = schedule(replace(problem, batch_invariant=False), CATALOGUE["sm_90"])
     with pytest.raises(ValueError, match=r"config.gate_up.split_k=4: .* takes split_k=1"):
         given_schedule(shared.to_json(), problem, CATALOGUE["sm_90"])
+
+
+def test_tails_wait_for_machines_whose_bits_do_not_depend_on_the_tile() -> None:
+    tails = LayerConfig("grouped", *[KernelConfig(64, 64, 32, tail_m=16)] * 2)
+    problem = LayerProblem(8, 8, 128, 4096, 192, 2, True, True, batch_invariant=True)
+    assert given_schedule(tails.to_json(), problem, CATALOGUE["sm_90"]) == tails
+    for arch, itemsize in (("sm_80", 2), ("sm_100", 2), ("sm_90", 4)):
+        with pytest.raises(ValueError, match=r"tail_m=16: .* takes tail_m=0"):
+            given_schedule(tails.to_json(), replace(problem, itemsize=itemsize), CATALOGUE[arch])
+
+
+def test_weights_with_padded_rows_are_reckoned_with() -> None:
+    """From sizes alone no descriptor suits H=1412; with rows 1416 apart one does."""
+    shape, target = MoEShape(128, 8, 1412, 192), CATALOGUE["sm_90"]
+    problem = LayerProblem(8, 8, 128, 1412, 192, 2, True, True)
+    needed = sum(buffer_sizes(problem, schedule(problem, target), target))
+    assert needed <= workspace_size(shape, 8, target=target)
+
+
+def test_amd_shares_no_reduction() -> None:
+    gemm, target = LayerProblem(8, 8, 128, 4096, 192, 2, True, True).gemms()[0], CATALOGUE["gfx942"]
+    wish = KernelConfig(16, 64, 32, split_k=4)
+    assert "never tested" in str(why_illegal(wish, gemm, target))
+    assert fit(wish, gemm, target).split_k == 1

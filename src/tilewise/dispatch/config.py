@@ -8,6 +8,7 @@ from typing import Any
 
 from ..target import Target
 
+MAX_SHARING = 64  # Programs a multiprocessor whose arrivals are counted.
 MIN_DOT = 16  # The narrowest side of a matrix instruction that every backend has.
 
 
@@ -73,6 +74,10 @@ class KernelConfig:
             )
         if parts and not self.descriptors:
             raise ValueError(f"store_parts={parts} needs descriptors=True")
+        if self.tail_m and self.split_k > 1:
+            raise ValueError("tail_m and split_k>1 do not go together: use one of them")
+        if self.split_k > 1 and self.occupancy > MAX_SHARING:
+            raise ValueError(f"occupancy={self.occupancy} with split_k is at most {MAX_SHARING}")
         if self.persistent and (self.tail_m or self.split_k > 1):
             raise ValueError("persistent programs take neither tail_m nor split_k: use one of them")
 
@@ -151,6 +156,8 @@ def why_illegal(config: KernelConfig, gemm: GroupedGemm, target: Target) -> str 
             return f"{target.arch} has no tensor descriptors"
         if not gemm.descriptors_possible:
             return "these weights' strides or alignment do not suit a tensor descriptor"
+    if config.split_k > 1 and target.backend == "hip":
+        return "programs that share a reduction were never tested across an AMD chip's dies"
     if config.descriptors and config.block_k * gemm.itemsize < 16:
         return "a descriptor's innermost box must be at least 16 bytes"
     return None
@@ -160,6 +167,8 @@ def fit(config: KernelConfig, gemm: GroupedGemm, target: Target) -> KernelConfig
     """`config`, or the nearest legal one: fewer stages first, then shorter, then smaller tiles."""
     if config.descriptors and not (target.tensor_descriptors and gemm.descriptors_possible):
         config = replace(config, descriptors=False, store_parts=0)
+    if target.backend == "hip":
+        config = replace(config, split_k=1)
     while config.num_warps > 1 and config.num_warps * target.warp_size > 1024:
         config = replace(config, num_warps=config.num_warps // 2)
     while why_illegal(config, gemm, target) is not None:
@@ -168,7 +177,9 @@ def fit(config: KernelConfig, gemm: GroupedGemm, target: Target) -> KernelConfig
         elif config.block_k > 32:
             config = replace(config, block_k=config.block_k // 2)
         elif config.block_n > 32 and config.block_n >= config.block_m:
-            config = replace(config, block_n=config.block_n // 2)
+            block_n = config.block_n // 2
+            parts = min(config.store_parts, block_n // MIN_DOT)
+            config = replace(config, block_n=block_n, store_parts=parts)
         elif config.block_m > MIN_DOT:
             block_m = config.block_m // 2
             config = replace(config, block_m=block_m, tail_m=config.tail_m % block_m)

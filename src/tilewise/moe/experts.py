@@ -136,6 +136,12 @@ def grouped_gemm_into(
     split = config.split_k > 1 and scratch is not None and (distance != 0 or not gated)
     if split:
         programs = max(programs, resident)
+        strides = [] if config.descriptors else [up.stride(2), g.stride(2)]
+        if max([0 if x_descriptor else x.stride(1), *strides]) * k >= 2**31:
+            raise ValueError(
+                f"K={k} columns at strides {x.stride(1)}, {up.stride(2)}, {g.stride(2)} reach past "
+                "2^31 elements, which split_k > 1 does not address: use split_k=1"
+            )
     parts = config.store_parts if not split and suits_rows(out) else 0
     bias = up_bias is not None
     ub = up if up_bias is None else up_bias

@@ -63,7 +63,8 @@ def workspace_size(
         target: the machine; probed if None.
 
     Returns:
-        The size of a uint8 `workspace` for `fused_experts(..., out=..., workspace=...)`.
+        The size of a uint8 `workspace` for `fused_experts(..., out=..., workspace=...)`. Calls that
+        run at the same time, on two streams, need one each.
     """
     if num_tokens <= 0:
         return 0

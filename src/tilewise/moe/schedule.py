@@ -143,6 +143,12 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
                 f"config.{name}.split_k={kernel_config.split_k}: how many programs share a "
                 "reduction depends on the batch; batch_invariant=True takes split_k=1"
             )
+        same_bits = target.same_bits_any_tile and problem.itemsize == 2
+        if problem.batch_invariant and kernel_config.tail_m and not same_bits:
+            raise ValueError(
+                f"config.{name}.tail_m={kernel_config.tail_m}: which tile a row is in depends on "
+                f"the batch, and its bits may on {target.arch}; batch_invariant=True takes tail_m=0"
+            )
         reason = why_illegal(kernel_config, gemm, target)
         if reason is not None:
             raise ValueError(

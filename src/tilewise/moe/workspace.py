@@ -46,11 +46,13 @@ def split_sizes(problem: LayerProblem, config: LayerConfig, target: Target) -> t
 
 @functools.lru_cache(maxsize=4096)
 def reserve(problem: LayerProblem, target: Target) -> tuple[int, int]:
-    """The most of `split_sizes` that a smaller call needs: scratch for the largest serves all."""
-    smaller = [t for t in SPLIT_TOKENS if t < problem.num_tokens]
+    """The most of `split_sizes` that a call up to this needs: scratch for the largest serves all.
+
+    Whatever the weights' strides, which decide on descriptors, and with them on sharing.
+    """
     needs = [(0, 0)]
-    for tokens in smaller:
-        call = replace(problem, num_tokens=tokens)
+    for tokens in [t for t in SPLIT_TOKENS if t < problem.num_tokens] + [problem.num_tokens]:
+        call = replace(problem, num_tokens=tokens, descriptors_possible=True)
         layer = schedule(call, target)
         if layer.path == "grouped":
             needs.append(split_sizes(call, layer, target))

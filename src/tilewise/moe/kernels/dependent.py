@@ -2,7 +2,8 @@
 
 A kernel launched so may do anything that does not depend on the kernel before it, then waits until that
 has ended and its stores are visible. Every program waits, so that the end of a kernel means the end of
-all before it.
+all before it. That needs the kernel before to be ours, or launched the ordinary way: a host thread that
+puts its own dependent kernels between ours on one stream must wait in all their programs too.
 """
 
 import triton

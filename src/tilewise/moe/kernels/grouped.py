@@ -6,7 +6,7 @@ down:     out[r] = x[r] @ down[e].T                                       rows a
 Programs walk a list of tiles that only the device knows: expert-major, and inside an expert GROUP_M row
 tiles share a column of weight tiles so that these are read once from memory and then from L2.
 
-Three choices are made on the device, from the sizes that no host has seen:
+Made on the device, from the sizes that no host has seen:
 - an expert's last rows, if TAIL_M or fewer, take a short tile instead of a tall one mostly empty;
 - with SPLIT_K, where tiles are too few for the machine, several programs share a tile's reduction.
   They leave partial sums in memory, and the last to arrive adds them up, always in the same order;
