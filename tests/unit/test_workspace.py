@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
+import tilewise
 from tilewise.dispatch.config import KernelConfig, fit, why_illegal
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.explain import workspace_size
@@ -71,3 +74,45 @@ def test_amd_shares_no_reduction() -> None:
     wish = KernelConfig(16, 64, 32, split_k=4)
     assert "never tested" in str(why_illegal(wish, gemm, target))
     assert fit(wish, gemm, target).split_k == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0 must be an integer"),
+        ({"max_tokens": 1.5}, "max_tokens=1.5 must be an integer"),
+        ({"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16"),
+        ({"dtype": torch.float8_e4m3fn}, "must be torch.bfloat16"),
+        ({"activation": "swiglu"}, "must be a tilewise.Activation"),
+    ],
+    ids=str,
+)
+def test_warmup_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        tilewise.warmup(NARROW, **options)
+
+
+def test_warmup_refuses_names_and_machines_that_are_not_there() -> None:
+    with pytest.raises(TypeError, match="takes MoEShapes, got 'q'"):
+        tilewise.warmup("qwen3-30b-a3b")  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device='cuda': torch .* finds no GPU here"):
+            tilewise.warmup(NARROW, device="cuda")
+
+
+@pytest.mark.parametrize("spoil", ["short", "dtype", "misaligned", "strided"])
+def test_workspaces_are_checked_on_a_cpu_too(spoil: str) -> None:
+    shape = MoEShape(8, 2, 64, 32)
+    weights = tilewise.ExpertWeights.from_gate_up(torch.randn(8, 64, 64), torch.randn(8, 64, 32))
+    x, ids = torch.randn(5, 64), torch.zeros(5, 2, dtype=torch.int32)
+    size = tilewise.workspace_size(shape, 5, dtype=torch.float32)
+    good = torch.empty(2 * size + 16, dtype=torch.uint8)
+    good = good[-good.data_ptr() % 16 :]
+    out, gates = torch.empty_like(x), torch.rand(5, 2)
+    tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=good)
+    bad = {
+        "short": good[: size // 2], "dtype": good[: size // 4 * 4].view(torch.int8),
+        "misaligned": good[1:], "strided": good[::2],
+    }[spoil]  # fmt: skip
+    with pytest.raises(ValueError, match="workspace"):
+        tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=bad)

@@ -222,6 +222,35 @@ def _launch(
     return workspace
 
 
+def check_buffers(
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    topk_ids: torch.Tensor,
+    reduce: bool,
+    batch_invariant: bool,
+) -> None:
+    """Refuses an `out` or a `workspace` that a call on an accelerator would refuse."""
+    if topk_ids.shape[0] == 0:
+        return
+    _check_out(out, hidden_states, topk_ids.shape[1], reduce)
+    if workspace is None:
+        return
+    _check_workspace(workspace, hidden_states.device)
+    problem = problem_of(hidden_states, gate, up, down, topk_ids, reduce, batch_invariant)
+    target = Target.probe(hidden_states.device)
+    need = sum(buffer_sizes(problem, schedule(problem, target), target))
+    if workspace.numel() < need:
+        raise ValueError(
+            f"workspace has {workspace.numel()} bytes, this call needs {need}: "
+            "size it with tilewise.workspace_size()"
+        )
+
+
 def _check_out(out: torch.Tensor, x: torch.Tensor, top_k: int, reduce: bool) -> None:
     shape = (x.shape[0], x.shape[1]) if reduce else (x.shape[0], top_k, x.shape[1])
     if out.shape != shape or out.dtype is not x.dtype or out.device != x.device:

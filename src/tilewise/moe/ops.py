@@ -14,7 +14,7 @@ import torch
 from ..ragged import Ragged
 from . import cpu
 from .activation import Activation
-from .forward import forward_into
+from .forward import check_buffers, forward_into
 from .launch import on_device
 from .plan import count_ints, plan_into
 from .route import route_into
@@ -229,6 +229,10 @@ def _fused_experts_cpu(
 
 
 def _fused_experts_out_cpu(out: torch.Tensor, workspace: torch.Tensor | None, *args: Any) -> None:
+    # The CPU needs no scratch memory, but what a GPU would refuse should not pass here.
+    check_buffers(
+        out, workspace, *args[:4], topk_ids=args[15], reduce=args[22], batch_invariant=args[23]
+    )
     _fused_experts_cpu(*args, out=out)  # type: ignore[misc]
 
 

@@ -93,10 +93,11 @@ def warmup(
     Returns:
         Sorted unique "kernel:hash" of what was compiled or already there.
     """
+    shapes = [shapes] if isinstance(shapes, MoEShape) else list(shapes)
+    _check(shapes, max_tokens, dtype, activation, device)
     target = Target.probe(device)
     if target.backend == "cpu":
         return []
-    shapes = [shapes] if isinstance(shapes, MoEShape) else list(shapes)
     if weights is not None:
         given = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
         for shape in shapes:
@@ -136,6 +137,29 @@ def warmup(
         if progress is not None:
             progress(done + 1, len(jobs))
     return sorted(keys)
+
+
+def _check(
+    shapes: list[MoEShape],
+    max_tokens: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    device: torch.device | str | None,
+) -> None:
+    """Refuses what no call could have, on machines without an accelerator too."""
+    for shape in shapes:
+        if not isinstance(shape, MoEShape):
+            raise TypeError(
+                f"warmup takes MoEShapes, got {shape!r}: tilewise.moe_shape(name) makes one"
+            )
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 1")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype={dtype!r} must be torch.bfloat16, torch.float16 or torch.float32")
+    if not isinstance(activation, Activation):
+        raise TypeError(f"activation={activation!r} must be a tilewise.Activation")
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here")
 
 
 def _call(
