@@ -146,3 +146,43 @@ def test_plan_refuses() -> None:
         tilewise.plan(IDS, E, expert_map=torch.zeros(5, dtype=torch.int32), num_local_experts=5)
     with pytest.raises(ValueError, match="differs from num_experts: pass an expert_map"):
         tilewise.plan(IDS, E, num_local_experts=3)
+
+
+GATE_UP, DOWN = torch.zeros(E, 2 * I, H), torch.zeros(E, H, I)
+LIST = [[0.0] * E] * T
+NO_TENSORS = [
+    ("gate_up", lambda: ExpertWeights.from_gate_up(GATE_UP.numpy(), DOWN)),
+    ("down", lambda: ExpertWeights.from_gate_up(GATE_UP, LIST)),
+    ("gate_up_bias", lambda: ExpertWeights.from_gate_up(GATE_UP, DOWN, gate_up_bias=LIST)),
+    ("up", lambda: ExpertWeights.from_ungated(None, DOWN)),
+    ("down_bias", lambda: ExpertWeights.from_ungated(DOWN.mT, DOWN, down_bias=LIST)),
+    ("gate", lambda: ExpertWeights(LIST, DOWN.mT, DOWN)),
+    ("router_logits", lambda: tilewise.route(LIST, K)),
+    ("e_score_correction_bias",
+     lambda: tilewise.route(torch.zeros(T, E), K, e_score_correction_bias=[0.0] * E)),
+    ("topk_ids", lambda: tilewise.plan(IDS.numpy(), E)),
+    ("expert_map", lambda: tilewise.plan(IDS, E, expert_map=[0] * E)),
+    *(
+        (name, lambda name=name: tilewise.fused_experts(**arguments(**{name: LIST})))
+        for name in ("hidden_states", "topk_weights", "topk_ids", "expert_map", "out")
+    ),
+    ("workspace",
+     lambda: tilewise.fused_experts(**arguments(out=torch.zeros(T, H), workspace=bytearray(9)))),
+    ("hidden_states", lambda: tilewise.fused_moe(LIST, torch.zeros(E, H), weights(), K)),
+    ("router_weight", lambda: tilewise.fused_moe(torch.zeros(T, H), LIST, weights(), K)),
+    ("expert_map", lambda: tilewise.fused_moe(
+        torch.zeros(T, H), torch.zeros(E, H), weights(), K, expert_map=[0] * E)),
+    ("hidden_states", lambda: tilewise.FusedMoE(tilewise.MoEShape(E, K, H, I))(LIST)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "call"), NO_TENSORS, ids=lambda value: str(value)[:20])
+def test_what_is_no_tensor_is_named(name: str, call: Any) -> None:
+    message = rf"^{name} must be a torch\.Tensor.*, got \w+: torch\.as_tensor makes one"
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_fused_moe_wants_built_weights() -> None:
+    with pytest.raises(ValueError, match="weights is a tuple; build it with"):
+        tilewise.fused_moe(torch.zeros(T, H), torch.zeros(E, H), (GATE_UP, DOWN), K)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .activation import KINDS, Activation
+from .tensors import check_tensors
 from .weights import ExpertWeights
 
 SCORING_FUNCS = ("softmax", "topk_softmax", "sigmoid")
@@ -52,6 +53,15 @@ def check_route_args(
         )
 
 
+def check_weights(weights: ExpertWeights) -> None:
+    """Raises ValueError unless the experts are built."""
+    if not isinstance(weights, ExpertWeights):
+        raise ValueError(
+            f"weights is a {type(weights).__name__}; build it with "
+            "ExpertWeights.from_gate_up(gate_up, down) or ExpertWeights.from_ungated(up, down)"
+        )
+
+
 def check_experts_args(
     hidden_states: torch.Tensor,
     weights: ExpertWeights,
@@ -62,22 +72,17 @@ def check_experts_args(
     expert_map: torch.Tensor | None,
     apply_router_weight_on_input: bool = False,
 ) -> None:
-    """Raises ValueError unless the tensors of a call fit together."""
-    if not isinstance(weights, ExpertWeights):
-        raise ValueError(
-            f"weights is a {type(weights).__name__}; build it with "
-            "ExpertWeights.from_gate_up(gate_up, down) or ExpertWeights.from_ungated(up, down)"
-        )
+    """Raises ValueError unless the tensors of a call fit together, TypeError for other things."""
+    check_weights(weights)
     if not isinstance(activation, Activation):
         raise ValueError(
             f"activation={activation!r} must be an Activation: tilewise.Activation('swiglu') is "
             f"SiLU of the gate times up; kinds: {', '.join(KINDS)}"
         )
-    for name, tensor in (
-        ("hidden_states", hidden_states), ("topk_weights", topk_weights), ("topk_ids", topk_ids),
-    ):  # fmt: skip
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    check_tensors(
+        ("expert_map",), hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids,
+        expert_map=expert_map,
+    )  # fmt: skip
     x = hidden_states
     if x.dim() != 2 or x.shape[1] != weights.up.shape[2]:
         raise ValueError(

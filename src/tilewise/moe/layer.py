@@ -9,8 +9,9 @@ from ..models import MoEShape
 from ..ragged import Ragged
 from . import ops
 from .activation import SWIGLU, Activation
-from .checks import ID_DTYPES, check_experts_args, check_route_args
+from .checks import ID_DTYPES, check_experts_args, check_route_args, check_weights
 from .schedule import LayerConfig
+from .tensors import check_tensors
 from .weights import ExpertWeights
 
 
@@ -47,8 +48,13 @@ def route(
         topk_weights fp32 and topk_ids int32, both [num_tokens, top_k], best first.
 
     Raises:
+        TypeError: something else in a tensor's place.
         ValueError: sizes or options that don't fit together.
     """
+    check_tensors(
+        ("e_score_correction_bias",), router_logits=router_logits,
+        e_score_correction_bias=e_score_correction_bias,
+    )  # fmt: skip
     if router_logits.dim() != 2:
         raise ValueError(
             f"router_logits must be [num_tokens, num_experts], got {tuple(router_logits.shape)}"
@@ -88,6 +94,7 @@ def plan(
     Returns:
         A `Ragged` of local experts; its sources are assignments, token * top_k + slot, in order.
     """
+    check_tensors(("expert_map",), topk_ids=topk_ids, expert_map=expert_map)
     if expert_map is not None and expert_map.shape != (num_experts,):
         raise ValueError(
             f"expert_map must be [num_experts={num_experts}], got {tuple(expert_map.shape)}"
@@ -146,6 +153,7 @@ def fused_experts(
         `hidden_states`.
 
     Raises:
+        TypeError: something else in a tensor's place.
         ValueError: shapes, dtypes or options that don't fit together, or a config this machine
             cannot run.
         NotImplementedError: `out` under autograd; without it, the backward pass raises it.
@@ -204,6 +212,7 @@ def fused_experts(
             f"out is given, but {wants_grad} requires grad: writing to out has no derivative. "
             "Wrap the call in torch.no_grad() or torch.inference_mode()"
         )
+    check_tensors(("workspace",), out=out, workspace=workspace)
     shape = (hidden_states.shape[0], *(() if reduce else (topk_ids.shape[1],)), weights.hidden_size)
     if tuple(out.shape) != shape or out.dtype != hidden_states.dtype or out.stride(-1) != 1:
         raise ValueError(
@@ -278,6 +287,11 @@ def fused_moe(
     Returns:
         [num_tokens, hidden_size], dtype of `hidden_states`.
     """
+    check_weights(weights)
+    check_tensors(
+        ("expert_map",), hidden_states=hidden_states, router_weight=router_weight,
+        expert_map=expert_map,
+    )  # fmt: skip
     num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     if router_weight.dim() != 2 or router_weight.shape[0] != num_experts:
         raise ValueError(
@@ -388,6 +402,7 @@ class FusedMoE(FusedExperts):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """[..., hidden_size] -> [..., hidden_size]."""
+        check_tensors(hidden_states=hidden_states)
         if hidden_states.shape[-1] != self.shape.hidden_size:
             raise ValueError(
                 f"hidden_states must end in hidden_size={self.shape.hidden_size}, got "

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .tensors import check_tensors
+
 LAYOUTS = ("gate_up", "up_gate", "interleaved")
 
 
@@ -22,6 +24,7 @@ class ExpertWeights:
         down_bias: [num_local_experts, hidden_size] or None.
 
     Raises:
+        TypeError: something else in a tensor's place.
         ValueError: shapes, dtypes or devices that don't fit together.
     """
 
@@ -33,6 +36,11 @@ class ExpertWeights:
     down_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_tensors(
+            ("gate", "gate_bias", "up_bias", "down_bias"), gate=self.gate, up=self.up,
+            down=self.down, gate_bias=self.gate_bias, up_bias=self.up_bias,
+            down_bias=self.down_bias,
+        )  # fmt: skip
         if self.up.dim() != 3:
             raise ValueError(
                 "up must be [num_experts, intermediate_size, hidden_size], got "
@@ -121,6 +129,7 @@ class ExpertWeights:
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
+        check_tensors(("gate_up_bias",), gate_up_bias=gate_up_bias)
         gate_up, down = _matrices("gate_up", gate_up, down, transposed)
         rows = gate_up.shape[1]
         if rows % 2:
@@ -164,6 +173,7 @@ def _matrices(
     name: str, first: torch.Tensor, down: torch.Tensor, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as [E, rows, columns]."""
+    check_tensors(**{name: first}, down=down)
     if first.dim() != 3 or down.dim() != 3:
         raise ValueError(
             f"{name} and down must have three dimensions, got {tuple(first.shape)} and "
