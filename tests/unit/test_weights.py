@@ -136,3 +136,17 @@ def test_from_gate_up_refuses() -> None:
         ExpertWeights.from_gate_up(gate_up, down, gate_up_bias=torch.zeros(E, I))
     with pytest.raises(ValueError, match=r"up and down must have three dimensions"):
         ExpertWeights.from_ungated(torch.zeros(I, H), down)
+
+
+def test_a_forgotten_transposed_is_named() -> None:
+    gate_up, down = torch.zeros(E, H, 2 * I), torch.zeros(E, I, H)
+    with pytest.raises(ValueError, match=r"gate_up is \(3, 5, 8\).*: pass transposed=True,.*2I\]"):
+        ExpertWeights.from_gate_up(gate_up, down)
+    even = torch.zeros(E, 2 * H, 2 * I), torch.zeros(E, I, 2 * H)  # As many rows as could be.
+    with pytest.raises(ValueError, match="pass transposed=True"):
+        ExpertWeights.from_gate_up(*even, gate_up_bias=torch.zeros(E, 2 * I))
+    with pytest.raises(ValueError, match=r"\(3, 8, 5\) .*: pass transposed=False, .*\[E, H, I\]"):
+        ExpertWeights.from_gate_up(gate_up.mT, down.mT, transposed=True)
+    with pytest.raises(ValueError) as refused:  # Transposed alone it would not fit either.
+        ExpertWeights.from_gate_up(even[0], torch.zeros(E, I, H))
+    assert "pass transposed" not in str(refused.value)

@@ -120,7 +120,7 @@ class ExpertWeights:
         """Views of weights stored together.
 
         Args:
-            gate_up: [E, 2I, H], or [E, H, 2I] if `transposed` (gpt-oss in transformers).
+            gate_up: [E, 2I, H], or [E, H, 2I] if `transposed` (gpt-oss, Llama 4 in transformers).
             down: [E, H, I], or [E, I, H] if `transposed`.
             layout: order of the 2I rows: "gate_up" halves, "up_gate" halves, or "interleaved" with
                 gate in the even rows.
@@ -130,16 +130,22 @@ class ExpertWeights:
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}")
         check_tensors(("gate_up_bias",), gate_up_bias=gate_up_bias)
-        gate_up, down = _matrices("gate_up", gate_up, down, transposed)
-        rows = gate_up.shape[1]
+        both, second = _matrices("gate_up", gate_up, down, transposed)
+        _, rows, columns = both.shape
+        if (2 * second.shape[1], second.shape[2]) == (columns, rows):
+            raise ValueError(
+                f"gate_up is {tuple(gate_up.shape)} and down {tuple(down.shape)}: pass "
+                f"transposed={not transposed}, which is for "
+                f"{'[E, 2I, H] and [E, H, I]' if transposed else '[E, H, 2I] and [E, I, H]'}"
+            )
         if rows % 2:
             raise ValueError(
                 f"gate_up must hold as many rows of gate as of up, got {rows} rows; is "
                 "`transposed` right?"
             )
-        if gate_up_bias is not None and gate_up_bias.shape != gate_up.shape[:2]:
+        if gate_up_bias is not None and gate_up_bias.shape != both.shape[:2]:
             raise ValueError(
-                f"gate_up_bias must be {tuple(gate_up.shape[:2])} to go with gate_up, got "
+                f"gate_up_bias must be {tuple(both.shape[:2])} to go with gate_up, got "
                 f"{tuple(gate_up_bias.shape)}"
             )
 
@@ -150,9 +156,9 @@ class ExpertWeights:
             first, second = t[:, :half], t[:, half:]
             return (first, second) if layout == "gate_up" else (second, first)
 
-        gate, up = split(gate_up)
+        gate, up = split(both)
         gate_bias, up_bias = (None, None) if gate_up_bias is None else split(gate_up_bias)
-        return cls(gate, up, down, gate_bias, up_bias, down_bias)
+        return cls(gate, up, second, gate_bias, up_bias, down_bias)
 
     @classmethod
     def from_ungated(
