@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -56,10 +57,17 @@ class Target:
 
     @staticmethod
     def from_arch(arch: str) -> Target:
-        """The catalogue entry of an architecture, for compiling without the machine."""
-        if arch not in CATALOGUE:
-            raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(CATALOGUE)}")
-        return CATALOGUE[arch]
+        """The catalogue entry of an architecture, for compiling without the machine.
+
+        Args:
+            arch: "sm_90", "gfx942", ..., or the name of a chip that has it, "h100"; an entry's
+                sizes and rates are those of the first chip in `CHIPS`.
+        """
+        key = _SPELLINGS.get(_plain(arch), "")
+        if not key:
+            known = ", ".join(f"{name} ({', '.join(chips)})" for name, chips in CHIPS.items())
+            raise ValueError(f"unknown architecture {arch!r}; known: {known}")
+        return CATALOGUE[key]
 
     @staticmethod
     def probe(device: torch.device | str | int | None = None) -> Target:
@@ -102,6 +110,31 @@ CATALOGUE: dict[str, Target] = {
         _amd("gfx1201", 64, 64 * KIB, 8 * MIB, 640, 195, warp=32),  # RX 9070 XT
     )
 }
+
+
+# By name, in any case, with "-", "_" or a space anywhere; sizes and rates are the first one's.
+CHIPS: dict[str, tuple[str, ...]] = {
+    "sm_80": ("a100", "a800", "a30"),
+    "sm_86": ("rtx3090", "rtx3080", "a10", "a40", "a6000"),
+    "sm_89": ("rtx4090", "rtx4080", "l4", "l40", "l40s"),
+    "sm_90": ("h200", "h100", "h800", "h20", "gh200"),
+    "sm_100": ("b200", "b100", "gb200"),
+    "sm_120": ("rtx5090", "rtx5080"),
+    "gfx90a": ("mi250x", "mi250", "mi210"),
+    "gfx942": ("mi300x", "mi300a", "mi308x", "mi325x"),
+    "gfx950": ("mi355x", "mi350x"),
+    "gfx1100": ("rx7900xtx", "rx7900xt", "w7900"),
+    "gfx1201": ("rx9070xt", "rx9070"),
+}
+
+
+def _plain(arch: str) -> str:
+    """Without case and separators, and without what compilers add: "sm_90a" is "sm90"."""
+    name = re.sub(r"[\s_-]", "", str(arch).lower().partition(":")[0])
+    return re.sub(r"^(sm\d+)[af]$", r"\1", name)
+
+
+_SPELLINGS = {_plain(name): arch for arch in CATALOGUE for name in (arch, *CHIPS[arch])}
 
 
 def _device_index(device: torch.device | str | int | None) -> int | None:

@@ -174,6 +174,14 @@ def test_explain() -> None:
     assert "decode on gfx942" in result.output and "grouped on gfx942" in result.output
 
 
+def test_explain_takes_a_chip() -> None:
+    result = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--arch", "h100"])
+    assert result.exit_code == 0, result.output
+    assert "sm_90: sizes and rates are those of the h200" in result.output
+    refused = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--arch", "h300"])
+    assert refused.exit_code == 2 and "unknown architecture 'h300'" in refused.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["nothing"], ["qwen3-30b-a3b", "--arch", "sm_1"], ["qwen3-30b-a3b", "--tokens", "0"],

@@ -20,7 +20,7 @@ from tilewise.dispatch.config import (
 from tilewise.dispatch.select import choose, choose_stream, next_power_of_two
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
-from tilewise.target import CATALOGUE, CPU, Target
+from tilewise.target import CATALOGUE, CHIPS, CPU, Target
 
 TOKENS = (1, 2, 3, 8, 33, 128, 500, 2048, 8192)
 KIB = 1024
@@ -373,8 +373,33 @@ def test_catalogue() -> None:
         assert target.backend == ("cuda" if arch.startswith("sm_") else "hip")
         assert target.tensor_descriptors is (target.capability >= 90)
         assert target.warpgroup_mma is (target.capability == 90)
-    with pytest.raises(ValueError, match=r"unknown architecture 'sm_35'; known: sm_80, .*gfx1201"):
+    with pytest.raises(ValueError, match=r"'sm_35'; known: sm_80 \(a100, .*gfx1201"):
         Target.from_arch("sm_35")
+
+
+@pytest.mark.parametrize(
+    ("given", "arch"),
+    [
+        ("h100", "sm_90"), ("H200", "sm_90"), ("sm90", "sm_90"), ("sm_90a", "sm_90"),
+        ("SM-100f", "sm_100"), ("a100", "sm_80"), ("b200", "sm_100"), ("l40s", "sm_89"),
+        ("RTX 4090", "sm_89"), ("mi300x", "gfx942"), ("mi325x", "gfx942"), ("mi250", "gfx90a"),
+        ("mi355x", "gfx950"), ("gfx942:sramecc+:xnack-", "gfx942"),
+    ],
+)  # fmt: skip
+def test_chips_by_name(given: str, arch: str) -> None:
+    assert Target.from_arch(given) is CATALOGUE[arch]
+
+
+@pytest.mark.parametrize("given", ["", "h", "sm_90x", "gfx90", "sm_", "a", None, 90])
+def test_no_chip_is_guessed(given: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown architecture .*h100.*mi300x"):
+        Target.from_arch(given)
+
+
+def test_every_architecture_has_chips_and_no_chip_has_two() -> None:
+    assert list(CHIPS) == list(CATALOGUE)
+    names = [name for chips in CHIPS.values() for name in chips]
+    assert all(names) and len(names) == len(set(names))
 
 
 def test_probe_without_an_accelerator() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ..models import moe_shape
-from ..target import CATALOGUE, Target
+from ..target import CHIPS, Target
 
 # Where there is no GPU and none is named.
 DEFAULT_ARCH = "sm_90"
@@ -14,7 +14,7 @@ DEFAULT_ARCH = "sm_90"
 def explain(
     model: str = typer.Argument(help='A model by name, or a shard of it: "deepseek-v3@tp8".'),
     tokens: str = typer.Option("64", help="Token counts."),
-    arch: str = typer.Option("", help='"sm_90", "gfx942", ...; this machine\'s GPU if empty.'),
+    arch: str = typer.Option("", help='"sm_90", "h100", "gfx942", ...; the GPU here if empty.'),
     dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
     batch_invariant: bool = typer.Option(False, help="As calls with this option would run."),
 ) -> None:
@@ -29,13 +29,13 @@ def explain(
     try:
         shape = moe_shape(model)
         counts = [int(count) for count in tokens.split(",")]
+        target = Target.from_arch(arch) if arch else Target.probe()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if min(counts) < 1:
         raise typer.BadParameter(f"token counts must be at least 1, got {tokens!r}")
-    if arch and arch not in CATALOGUE:
-        raise typer.BadParameter(f"{arch!r} is not one of {', '.join(CATALOGUE)}")
-    target = Target.from_arch(arch) if arch else Target.probe()
+    if arch:
+        typer.echo(f"{target.arch}: sizes and rates are those of the {CHIPS[target.arch][0]}.")
     if target.backend == "cpu":
         typer.echo(f"No GPU here: this is for {DEFAULT_ARCH}. Name another one with --arch.")
         target = Target.from_arch(DEFAULT_ARCH)
