@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -283,9 +284,65 @@ def test_charts_of_committed_results(tmp_path: Path) -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    committed = ROOT / "bench" / "results" / "h200_bf16_moe.json"
-    result = RUNNER.invoke(app, ["bench", "--from", str(committed), "--charts", str(tmp_path)])
+    monkeypatch.setattr(bench, "measure", None)  # What is missing is said before hours of it.
+    result = RUNNER.invoke(app, ["bench", "--device", "cpu", "--charts", str(tmp_path)])
     assert result.exit_code == 2
+    assert "pip install matplotlib" in result.output
+
+
+META = {"hardware": "a GPU", "torch": "2", "triton": "3"}
+CELL = {
+    "shape": "s", "routing": "hot", "T": 1, "topk": 1, "H": 1, "I": 1, "active": 1.0,
+    "floor_us": 1.0, "peers": {"tilewise": {"us": 2.0}, "vllm": {"error": "none"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        *(
+            (json.dumps(document), "holds no times of layers")
+            for document in (
+                [1], {"rows": [CELL]}, {"meta": META, "rows": []}, {"meta": META, "rows": [{}]},
+                {"meta": META, "rows": [CELL | {"peers": {"vllm": {"us": "fast"}}}]},
+                {"meta": META, "rows": [CELL, CELL | {"floor_us": 0}]},
+            )
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bench_from_what_is_no_results_file(
+    tmp_path: Path, text: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / "f.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = RUNNER.invoke(app, ["bench", "--from", str(path)])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_bench_from_the_least_that_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"meta": META, "rows": [CELL]}))
+    assert RUNNER.invoke(app, ["bench", "--from", str(path)]).exit_code == 0
+    pytest.importorskip("matplotlib")
+    path.write_text(json.dumps({"meta": META, "rows": [CELL | {"peers": {}}]}))
+    result = RUNNER.invoke(app, ["bench", "--from", str(path), "--charts", str(tmp_path)])
+    assert result.exit_code == 2 and "needs times of Tilewise" in result.output
+
+
+def test_docs_install_what_their_commands_need() -> None:
+    extras = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    extras = extras["project"]["optional-dependencies"]
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    installed = re.search(r"pip install '\.\[(.*)\]'", text)
+    assert installed is not None and "--charts" in text
+    needs = " ".join(line for extra in installed[1].split(",") for line in extras[extra])
+    assert all(package in needs for package in ("typer", "rich", "matplotlib"))
 
 
 def test_commands_are_functions_of_their_modules() -> None:

@@ -32,6 +32,7 @@ from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
 from ..target import Target
 from .device import checked_device
+from .results import read_results
 
 ROUTINGS = ("uniform", "zipf", "hot")
 REPLAY_BYTES = 200e6  # Active weights of one replay: well past any L2.
@@ -64,8 +65,10 @@ def bench(
 ) -> None:
     """Time the MoE layer of named models, beside other libraries if they are installed."""
     console = Console(width=None if sys.stdout.isatty() else 110)
+    if charts is not None:
+        _matplotlib()
     if from_file is not None:
-        results = json.loads(from_file.read_text())
+        results = read_results(from_file)
     else:
         device = checked_device(device)
         if device == "cpu":
@@ -476,13 +479,18 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 MARKERS = ("s", "D", "^", "v", "P", "X")
 
 
+def _matplotlib() -> Any:
+    try:
+        return importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter("--charts needs matplotlib: pip install matplotlib") from error
+
+
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """speedup.png and roofline.png of a results file; needs matplotlib."""
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter("charts need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    if not any(_timed(row, "tilewise") for row in results["rows"]):
+        raise typer.BadParameter("--charts needs times of Tilewise, and there are none")
+    _matplotlib().use("Agg")
     plt: Any = importlib.import_module("matplotlib.pyplot")
     folder.mkdir(parents=True, exist_ok=True)
     style = {
