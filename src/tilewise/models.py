@@ -16,6 +16,9 @@ class MoEShape:
     intermediate_size: int
 
     def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name}={size!r} must be an integer")
         if min(self.num_experts, self.top_k, self.hidden_size, self.intermediate_size) < 1:
             raise ValueError(f"every size must be at least 1, got {self}")
         if self.top_k > self.num_experts:

@@ -184,5 +184,25 @@ def test_what_is_no_tensor_is_named(name: str, call: Any) -> None:
 
 
 def test_fused_moe_wants_built_weights() -> None:
-    with pytest.raises(ValueError, match="weights is a tuple; build it with"):
+    with pytest.raises(TypeError, match="weights is a tuple; build it with"):
         tilewise.fused_moe(torch.zeros(T, H), torch.zeros(E, H), (GATE_UP, DOWN), K)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": DOWN}, "weights is a Tensor; build it with ExpertWeights.from_gate_up"),
+        ({"activation": "swiglu"}, "activation='swiglu' must be a tilewise.Activation: .*relu2"),
+        ({"config": "grouped"}, "config='grouped' must be a tilewise.LayerConfig, or None"),
+    ],
+)
+def test_other_types_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tilewise.fused_experts(**arguments(**changes))
+
+
+def test_modules_want_a_shape() -> None:
+    with pytest.raises(TypeError, match=r"shape='mixtral-8x7b' must be a tilewise.MoEShape"):
+        tilewise.FusedMoE("mixtral-8x7b")
+    with pytest.raises(TypeError, match=r"activation='silu' must be a tilewise.Activation"):
+        tilewise.FusedExperts(tilewise.MoEShape(E, K, H, I), activation="silu")

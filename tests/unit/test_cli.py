@@ -452,6 +452,9 @@ def test_kernels_loads_the_package(tmp_path: Path) -> None:
         ["bench", "--device", "tpu"],
         ["bench", "--tokens", "abc"],
         ["bench", "--tokens", "1,,2"],
+        ["bench", "--tokens", "0"],
+        ["explain", "kimi-k2", "--tokens", "1.5"],
+        ["explain", "kimi-k2", "--tokens", "-3"],
     ],
     ids=" ".join,
 )

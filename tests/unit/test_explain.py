@@ -124,9 +124,35 @@ def test_the_text_says_the_numbers() -> None:
     assert re.search(r"floor +\d+\.\d us at nominal rates", text)
 
 
+NONSENSE: list[tuple[type[Exception], dict[str, Any], str]] = [
+    (ValueError, {"num_tokens": -1}, "num_tokens=-1 must be at least [01]"),
+    (TypeError, {"num_tokens": 1.5}, "num_tokens=1.5 must be an integer"),
+    (TypeError, {"num_tokens": "64"}, "num_tokens='64' must be an integer"),
+    (TypeError, {"num_tokens": None}, "num_tokens=None must be an integer"),
+    (TypeError, {"shape": "mixtral-8x7b"}, "shape='mixtral-8x7b' must be a tilewise.MoEShape"),
+    (ValueError, {"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16"),
+    (ValueError, {"dtype": torch.int8}, "dtype=torch.int8 must be"),
+    (TypeError, {"activation": "silu"}, "activation='silu' must be a tilewise.Activation"),
+    (TypeError, {"config": "decode"}, "config='decode' must be a tilewise.LayerConfig"),
+    (TypeError, {"target": "sm_90"}, r"target='sm_90' must be .*from_arch\('sm_90'\)"),
+]
+
+
+@pytest.mark.parametrize("function", [explain, workspace_size])
+@pytest.mark.parametrize(("error", "changes", "message"), NONSENSE, ids=lambda value: str(value))
+def test_nonsense_is_refused(
+    function: Any, error: type[Exception], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        function(**{"shape": MIXTRAL, "num_tokens": 64, "target": H200, **changes})
+
+
 def test_explain_refuses_an_empty_call() -> None:
     with pytest.raises(ValueError, match="num_tokens=0 must be at least 1"):
         explain(MIXTRAL, 0, target=H200)
+    for active in (-1, 9):
+        with pytest.raises(ValueError, match=rf"active_experts={active} must be between 0 and .*8"):
+            explain(MIXTRAL, 4, target=H200, active_experts=active)
 
 
 # ---------------------------------------------------------------- workspace_size
@@ -147,7 +173,7 @@ def test_workspace_by_hand() -> None:
     assert workspace_size(TINY, 3, target=H200, dtype=torch.float32) == 256 + 768 + 1536
     assert workspace_size(TINY, 2, target=H200) == 256  # Decode: 4 x 32 x 2 B of activations.
     assert workspace_size(TINY, 2, target=H200, reduce=False) == 256 + 256 + 512
-    assert workspace_size(TINY, -1, target=H200) == 0
+    assert workspace_size(TINY, 0, target=H200) == 0
 
 
 def needed(

@@ -79,3 +79,9 @@ def test_shapes_refuse() -> None:
         MoEShape(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"every size must be at least 1, got MoEShape\(.*=0"):
         MoEShape(8, 2, 0, 8)
+
+
+@pytest.mark.parametrize("size", [8.0, "8", None])
+def test_sizes_are_integers(size: object) -> None:
+    with pytest.raises(TypeError, match=r"hidden_size=.* must be an integer"):
+        MoEShape(8, 2, size, 16)  # type: ignore[arg-type]

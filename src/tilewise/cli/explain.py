@@ -6,6 +6,7 @@ import typer
 
 from ..models import moe_shape
 from ..target import CHIPS, Target
+from .tokens import parse_tokens
 
 # Where there is no GPU and none is named.
 DEFAULT_ARCH = "sm_90"
@@ -13,7 +14,7 @@ DEFAULT_ARCH = "sm_90"
 
 def explain(
     model: str = typer.Argument(help='A model by name, or a shard of it: "deepseek-v3@tp8".'),
-    tokens: str = typer.Option("64", help="Token counts."),
+    tokens: str = typer.Option("64", help="Token counts: integers, with commas."),
     arch: str = typer.Option("", help='"sm_90", "h100", "gfx942", ...; the GPU here if empty.'),
     dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
     batch_invariant: bool = typer.Option(False, help="As calls with this option would run."),
@@ -26,14 +27,12 @@ def explain(
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype not in dtypes:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}")
+    counts = parse_tokens(tokens)
     try:
         shape = moe_shape(model)
-        counts = [int(count) for count in tokens.split(",")]
         target = Target.from_arch(arch) if arch else Target.probe()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if min(counts) < 1:
-        raise typer.BadParameter(f"token counts must be at least 1, got {tokens!r}")
     if arch:
         typer.echo(f"{target.arch}: sizes and rates are those of the {CHIPS[target.arch][0]}.")
     if target.backend == "cpu":

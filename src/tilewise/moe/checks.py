@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..models import MoEShape
+from ..target import Target
 from .activation import KINDS, Activation
+from .schedule import LayerConfig
 from .tensors import check_tensors
 from .weights import ExpertWeights
 
@@ -54,11 +57,59 @@ def check_route_args(
 
 
 def check_weights(weights: ExpertWeights) -> None:
-    """Raises ValueError unless the experts are built."""
+    """Raises TypeError unless the experts are built."""
     if not isinstance(weights, ExpertWeights):
-        raise ValueError(
+        raise TypeError(
             f"weights is a {type(weights).__name__}; build it with "
             "ExpertWeights.from_gate_up(gate_up, down) or ExpertWeights.from_ungated(up, down)"
+        )
+
+
+def check_shape(shape: MoEShape) -> None:
+    """Raises TypeError for a name or a tuple."""
+    if not isinstance(shape, MoEShape):
+        raise TypeError(
+            f"shape={shape!r} must be a tilewise.MoEShape: tilewise.moe_shape('qwen3-30b-a3b') "
+            "makes one"
+        )
+
+
+def check_activation(activation: Activation) -> None:
+    """Raises TypeError for a name or a function."""
+    if not isinstance(activation, Activation):
+        raise TypeError(
+            f"activation={activation!r} must be a tilewise.Activation: "
+            "tilewise.Activation('swiglu') is SiLU of the gate times up; kinds: "
+            f"{', '.join(KINDS)}"
+        )
+
+
+def check_config(config: LayerConfig | None) -> None:
+    """Raises TypeError for a path alone, or a dict."""
+    if config is not None and not isinstance(config, LayerConfig):
+        raise TypeError(f"config={config!r} must be a tilewise.LayerConfig, or None to choose")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless kernels compute in it."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be torch.bfloat16, torch.float16 or torch.float32")
+
+
+def check_num_tokens(num_tokens: int, least: int) -> None:
+    """Raises TypeError or ValueError unless so many tokens can be in a call."""
+    if not isinstance(num_tokens, int):
+        raise TypeError(f"num_tokens={num_tokens!r} must be an integer")
+    if num_tokens < least:
+        raise ValueError(f"num_tokens={num_tokens} must be at least {least}")
+
+
+def check_target(target: Target | None) -> None:
+    """Raises TypeError for the name of an architecture."""
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(
+            f"target={target!r} must be a tilewise.Target, tilewise.Target.from_arch('sm_90'), or "
+            "None for this machine"
         )
 
 
@@ -72,13 +123,9 @@ def check_experts_args(
     expert_map: torch.Tensor | None,
     apply_router_weight_on_input: bool = False,
 ) -> None:
-    """Raises ValueError unless the tensors of a call fit together, TypeError for other things."""
+    """Raises ValueError unless the tensors of a call fit together, TypeError for other types."""
     check_weights(weights)
-    if not isinstance(activation, Activation):
-        raise ValueError(
-            f"activation={activation!r} must be an Activation: tilewise.Activation('swiglu') is "
-            f"SiLU of the gate times up; kinds: {', '.join(KINDS)}"
-        )
+    check_activation(activation)
     check_tensors(
         ("expert_map",), hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids,
         expert_map=expert_map,

@@ -9,9 +9,34 @@ import torch
 from ..models import MoEShape
 from ..target import Target
 from .activation import SWIGLU, Activation
+from .checks import (
+    check_activation,
+    check_config,
+    check_dtype,
+    check_num_tokens,
+    check_shape,
+    check_target,
+)
 from .plan import plan_ints
 from .schedule import LayerConfig, LayerProblem, schedule
 from .workspace import buffer_sizes
+
+
+def _check(
+    shape: MoEShape,
+    num_tokens: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    config: LayerConfig | None,
+    target: Target | None,
+    least: int,
+) -> None:
+    check_shape(shape)
+    check_num_tokens(num_tokens, least)
+    check_dtype(dtype)
+    check_activation(activation)
+    check_config(config)
+    check_target(target)
 
 
 def _problem(
@@ -22,10 +47,6 @@ def _problem(
     reduce: bool,
     batch_invariant: bool,
 ) -> LayerProblem:
-    if not isinstance(shape, MoEShape):
-        raise ValueError(
-            f"shape={shape!r} must be a MoEShape; tilewise.moe_shape('qwen3-30b-a3b') makes one"
-        )
     aligned = (shape.hidden_size * dtype.itemsize) % 16 == 0
     aligned = aligned and (shape.intermediate_size * dtype.itemsize) % 16 == 0
     return LayerProblem(
@@ -64,9 +85,13 @@ def workspace_size(
 
     Returns:
         The size of a uint8 `workspace` for `fused_experts(..., out=..., workspace=...)`. Calls that
-        run at the same time, on two streams, need one each.
+        run at the same time, on two streams, need one each. 0 for no tokens.
+
+    Raises:
+        TypeError: an argument of another type. ValueError: a negative count, another dtype.
     """
-    if num_tokens <= 0:
+    _check(shape, num_tokens, dtype, activation, config, target, least=0)
+    if num_tokens == 0:
         return 0
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
@@ -141,9 +166,16 @@ def explain(
         dtype, activation, reduce, batch_invariant, config: as the call passes them.
         active_experts: experts with at least one token; expected under uniform routing if None.
         target: the machine; probed if None.
+
+    Raises:
+        TypeError: an argument of another type. ValueError: no tokens, or more experts than are.
     """
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens={num_tokens} must be at least 1: an empty call does nothing")
+    _check(shape, num_tokens, dtype, activation, config, target, least=1)
+    if active_experts is not None and not 0 <= active_experts <= shape.num_experts:
+        raise ValueError(
+            f"active_experts={active_experts} must be between 0 and "
+            f"num_experts={shape.num_experts}, or None"
+        )
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
     layer = config or schedule(problem, machine)

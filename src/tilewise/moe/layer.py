@@ -9,7 +9,15 @@ from ..models import MoEShape
 from ..ragged import Ragged
 from . import ops
 from .activation import SWIGLU, Activation
-from .checks import ID_DTYPES, check_experts_args, check_route_args, check_weights
+from .checks import (
+    ID_DTYPES,
+    check_activation,
+    check_config,
+    check_experts_args,
+    check_route_args,
+    check_shape,
+    check_weights,
+)
 from .schedule import LayerConfig
 from .tensors import check_tensors
 from .weights import ExpertWeights
@@ -153,7 +161,7 @@ def fused_experts(
         `hidden_states`.
 
     Raises:
-        TypeError: something else in a tensor's place.
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or options that don't fit together, or a config this machine
             cannot run.
         NotImplementedError: `out` under autograd; without it, the backward pass raises it.
@@ -167,6 +175,7 @@ def fused_experts(
         expert_map=expert_map,
         apply_router_weight_on_input=apply_router_weight_on_input,
     )
+    check_config(config)
     tensors = (
         hidden_states, weights.gate, weights.up, weights.down, topk_weights, topk_ids, expert_map,
     )  # fmt: skip
@@ -198,8 +207,6 @@ def fused_experts(
         "" if config is None else config.to_json(),
     )
     wants_grad = _requires_grad(hidden_states, weights, topk_weights)
-    if config is not None and not isinstance(config, LayerConfig):
-        raise ValueError(f"config={config!r} must be a tilewise.LayerConfig, or None to choose")
     if out is None:
         if workspace is not None:
             raise ValueError("workspace is given without out: pass out too, or neither")
@@ -341,6 +348,8 @@ class FusedExperts(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_shape(shape)
+        check_activation(activation)
         self.shape = shape
         self.activation = activation
         e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size

@@ -10,6 +10,7 @@ from ..models import MoEShape
 from ..target import Target
 from . import launch as launching
 from .activation import SWIGLU, Activation
+from .checks import check_activation, check_dtype
 from .forward import forward_into, problem_of
 from .plan import plan_variant
 from .route import route_into
@@ -154,10 +155,8 @@ def _check(
             )
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 1")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"dtype={dtype!r} must be torch.bfloat16, torch.float16 or torch.float32")
-    if not isinstance(activation, Activation):
-        raise TypeError(f"activation={activation!r} must be a tilewise.Activation")
+    check_dtype(dtype)
+    check_activation(activation)
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here")
 
