@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import measure, report, warm
+from bench import machine, measure, report, warm
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS
 from bench.results import Results
@@ -33,6 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     """Measures what is pending, resuming the file where it stopped, and prints a summary."""
     start = time.monotonic()
     namespace = _parser().parse_args(arguments)
+    machine.require_gpu()
     if namespace.peers_dir:
         os.environ["TILEWISE_PEERS"] = str(namespace.peers_dir)
     options = measure.Options(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench import measure
+from bench import machine, measure
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS
 from bench.report import geomean, speedup
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--time-limit", type=float, default=measure.Options.time_limit)
     chosen = parser.parse_args()
+    machine.require_gpu()
     options = measure.Options(
         shapes=tuple(chosen.shapes),
         tokens=tuple(chosen.tokens),

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     options = parser.parse_args()
+    machine.require_gpu()
     peers, missing = base.load(options.peers)
     results = Results(options.out)
     results.rows = []

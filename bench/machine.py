@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,13 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def require_gpu() -> None:
+    """Ends the program with one line where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        print(f"this needs a CUDA GPU; torch {torch.__version__} finds none here", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def describe() -> dict[str, Any]:

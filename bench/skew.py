@@ -17,7 +17,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from bench import protocol, report
+from bench import machine, protocol, report
 from bench.protocol import SHAPES, Inputs
 from bench.report import Table
 from bench.results import Results, Row
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = make_parser(prog, OUT, SKEWED, TOKENS, ROUTINGS, PEERS, TARGET_MS)
     chosen = parser.parse_args(arguments)
     options = make_options(chosen)
+    machine.require_gpu()
     with skewed():
         if chosen.warm_only:
             warm_all([options])

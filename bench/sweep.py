@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 from bench import protocol
-from bench.machine import describe
+from bench.machine import describe, require_gpu
 from tilewise.dispatch.config import GroupedGemm, KernelConfig, StreamConfig, why_illegal
 from tilewise.moe import launch as launching
 from tilewise.moe.activation import SWIGLU
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--time-limit", type=float, default=3600.0, help="seconds")
     options = parser.parse_args()
+    require_gpu()
     deadline = time.time() + options.time_limit
 
     target = Target.probe("cuda")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bench import measure, report, warm
+from bench import machine, measure, report, warm
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS, Shape
 from bench.report import OURS, Table, best_rival, geomean, speedup
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     parts = split(make_options(chosen))
     if not parts:
         parser.error("listed shapes need token counts outside the list, other shapes listed ones")
+    machine.require_gpu()
     with known(UNSEEN_SHAPES):
         if chosen.warm_only:
             warm_all(parts)

@@ -525,6 +525,7 @@ def main() -> int:
         os._exit(0)  # The engine's own end can hang; everything is written.
     from bench import machine
 
+    machine.require_gpu()
     options.work = options.work / options.model
     options.work.mkdir(parents=True, exist_ok=True)
     write_distribution(options.work / "dist")

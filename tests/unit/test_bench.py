@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -138,6 +139,21 @@ class TestResults:
         results.put(make_row(tilewise=1.0))
         results.put(make_row(tilewise=1.0, vllm=2.0))
         assert len(results.rows) == 1 and set(results.rows[0]["peers"]) == {"tilewise", "vllm"}
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["__main__", "skew", "unseen", "host_cost", "sweep", "batch_invariant", "vllm_engine"],
+)
+def test_without_a_gpu_programs_end_in_one_line(program, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [program])
+    main = importlib.import_module(f"bench.{program}").main
+    with pytest.raises(SystemExit) as end:
+        main([]) if main.__code__.co_argcount else main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and not printed.out
+    assert printed.err.count("\n") == 1 and "needs a CUDA GPU" in printed.err
 
 
 class TestPeers:

@@ -54,6 +54,7 @@ def cpu(monkeypatch):
     monkeypatch.setattr(
         protocol, "paired_us", lambda peers, rounds, **_: {n: [50.0] * rounds for n in peers}
     )
+    monkeypatch.setattr(machine, "require_gpu", lambda: None)
     monkeypatch.setattr(machine, "describe", lambda: dict(HERE))
     monkeypatch.setattr(machine, "ceilings", lambda: {"copy_GBs": 1.0, "bf16_TFLOPs": 1.0})
     monkeypatch.setattr(base, "load", load)
