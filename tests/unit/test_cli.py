@@ -244,6 +244,32 @@ def test_bench_refuses(arguments: list[str]) -> None:
     assert RUNNER.invoke(app, ["bench", "--device", "cpu", *arguments]).exit_code == 2
 
 
+def test_bench_names_an_absent_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    result = RUNNER.invoke(app, ["bench", "--device", "cpu", "--peers", "torch,vllm"])
+    assert result.exit_code == 2
+    assert "--peers vllm: it cannot be imported here" in result.output
+    assert "vllm" not in bench._chosen("")  # Not asked for: what is there is compared.
+
+
+def test_bench_makes_folders_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "a" / "b", tmp_path / "file"
+    file.touch()
+
+    def measure(*_: Any) -> Any:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", measure)
+    reached = RUNNER.invoke(app, ["bench", "--device", "cpu", "--out", str(folder / "r.json")])
+    assert reached.exit_code == 130
+    for place in (tmp_path, file / "r.json"):
+        result = RUNNER.invoke(app, ["bench", "--device", "cpu", "--out", str(place)])
+        assert result.exit_code == 2 and "--out" in result.output
+
+
 @pytest.mark.parametrize("kind", bench.ROUTINGS)
 def test_routing(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)

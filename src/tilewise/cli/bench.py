@@ -7,7 +7,6 @@ all take turns. Files have the rows of the repository's bench/results/, and `--f
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import math
@@ -54,9 +53,16 @@ def bench(
     dtype: str = typer.Option("bf16", help='"bf16" or "fp16".'),
     peers: str = typer.Option("", help="Of vllm, torch, transformers; all that import if empty."),
     rounds: int = typer.Option(3, min=1, help="Rounds in which all take turns."),
-    out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, writable=True, help="Write the results as JSON.")
+    ] = None,
     charts: Annotated[
-        Path | None, typer.Option(help="Write speedup.png and roofline.png to this folder.")
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            writable=True,
+            help="Write speedup.png and roofline.png to this folder.",
+        ),
     ] = None,
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Measure nothing: read this results file.")
@@ -65,8 +71,11 @@ def bench(
 ) -> None:
     """Time the MoE layer of named models, beside other libraries if they are installed."""
     console = Console(width=None if sys.stdout.isatty() else 110)
+    if out is not None:
+        _make_folder("--out", out.parent)
     if charts is not None:
         _matplotlib()
+        _make_folder("--charts", charts)
     if from_file is not None:
         results = read_results(from_file)
     else:
@@ -85,12 +94,19 @@ def bench(
     if device == "cpu":
         console.print("[yellow]CPU numbers mean nothing about this library.")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"wrote {out}", highlight=False)
     if charts is not None:
         for path in draw(results, charts):
             console.print(f"wrote {path}", highlight=False)
+
+
+def _make_folder(option: str, folder: Path) -> None:
+    """Before anything is measured: the results of hours should find a place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{option}: cannot make {folder}: {error.strerror}") from error
 
 
 def _listed(text: str) -> list[str]:
@@ -178,7 +194,11 @@ PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Layer]] = {
 
 
 def _chosen(peers: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Layer]]:
-    """Ours first, then the peers that were asked for, or all whose package can be imported."""
+    """Ours first, then the peers that were asked for, or all whose package can be imported.
+
+    Raises:
+        typer.BadParameter: A peer that was asked for is not known, or not installed.
+    """
     names = _listed(peers)
     unknown = [name for name in names if name not in PEERS]
     if unknown:
@@ -187,9 +207,16 @@ def _chosen(peers: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Laye
     for name, make in PEERS.items():
         if names and name not in names:
             continue
-        with contextlib.suppress(ImportError):
+        try:
             importlib.import_module(name)
-            found[name] = make
+        except ImportError as error:
+            if name in names:
+                raise typer.BadParameter(
+                    f"--peers {name}: it cannot be imported here, {_first_line(error)}; install "
+                    "it, or leave it out"
+                ) from error
+            continue
+        found[name] = make
     return found
 
 
@@ -485,7 +512,6 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         raise typer.BadParameter("--charts needs times of Tilewise, and there are none")
     _matplotlib().use("Agg")
     plt: Any = importlib.import_module("matplotlib.pyplot")
-    folder.mkdir(parents=True, exist_ok=True)
     style = {
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
