@@ -19,7 +19,7 @@ from pathlib import Path
 HUB = Path(__file__).resolve().parent
 SRC = HUB.parent / "src" / "tilewise"
 # Hosts, command line and what needs another package stay behind.
-LEFT_OUT = ("cli", "integrations", "py.typed")
+LEFT_OUT = ("__main__.py", "cli", "integrations", "py.typed")
 # Where ops.py and layer.py name their namespace.
 NAMESPACE = re.compile(r'torch\.ops\.tilewise\.|Library\("tilewise"|"tilewise::')
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
+import tilewise
 from tilewise.cli import app
 from tilewise.cli import bench as bench_module
 from tilewise.cli import doctor as doctor_module
@@ -371,6 +373,15 @@ def test_docs_install_what_their_commands_need() -> None:
     assert all(package in needs for package in ("typer", "rich", "matplotlib"))
 
 
+@pytest.mark.parametrize("module", ["tilewise", "tilewise.cli"])
+def test_the_command_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"tilewise {tilewise.__version__}\n"
+
+
 def test_commands_are_functions_of_their_modules() -> None:
     assert bench_module is bench.bench and doctor_module is doctor.doctor
 
@@ -433,6 +444,7 @@ def test_hub_package_runs(tmp_path: Path) -> None:
         metadata = json.loads((folder / "metadata.json").read_text())
         assert metadata["name"] == "tilewise" and metadata["id"].isidentifier()
         identities.add(metadata["id"])
+        assert not (folder / "__main__.py").exists()
         assert not (folder / "cli").exists() and not (folder / "integrations").exists()
     assert len(identities) == len(folders)
     arguments = [sys.executable, "-c", CHECK, str(folders[2]), str(folders[0])]

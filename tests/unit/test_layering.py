@@ -19,7 +19,7 @@ LEVELS = {
     "checkpoints": 3, "parallel": 3, "tune": 3, "compress": 3,
     "": 4,
     "integrations": 5,
-    "cli": 6,
+    "cli": 6, "__main__": 6,
 }  # fmt: skip
 HOSTS = {"transformers", "vllm", "sglang"}
 
