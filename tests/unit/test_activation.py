@@ -156,6 +156,12 @@ def test_refuses(arguments: dict[str, object], message: str) -> None:
         Activation(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("changes", [{"alpha": None}, {"beta": "1"}, {"limit": [7.0]}], ids=str)
+def test_refuses_what_is_no_number(changes: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=r"must be numbers; limit may be None"):
+        Activation("swiglu", **changes)  # type: ignore[arg-type]
+
+
 def test_refuses_the_wrong_number_of_inputs() -> None:
     with pytest.raises(ValueError, match="'swiglu' got no gate"):
         Activation("swiglu").apply(None, torch.ones(2))

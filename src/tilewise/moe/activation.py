@@ -40,7 +40,15 @@ class Activation:
                 f"activation kind {self.kind!r} is not supported; allowed: {', '.join(KINDS)}. "
                 "Apply another one between two grouped products yourself"
             )
-        if not (math.isfinite(self.alpha) and math.isfinite(self.beta)):
+        try:
+            finite = math.isfinite(self.alpha) and math.isfinite(self.beta)
+            clamps = self.limit is None or (math.isfinite(self.limit) and self.limit > 0)
+        except TypeError:
+            raise TypeError(
+                f"alpha={self.alpha!r}, beta={self.beta!r} and limit={self.limit!r} must be "
+                "numbers; limit may be None"
+            ) from None
+        if not finite:
             raise ValueError(f"alpha={self.alpha} and beta={self.beta} must be finite")
         if self.alpha != 1.0 and self.kind not in ("swiglu", "silu"):
             raise ValueError(
@@ -48,7 +56,7 @@ class Activation:
             )
         if self.beta != 0.0 and not self.is_gated:
             raise ValueError(f"beta={self.beta} is added to up; {self.kind!r} has no gate: use 0.0")
-        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
+        if not clamps:
             raise ValueError(f"limit={self.limit} must be positive and finite, or None")
 
     @property
