@@ -406,7 +406,7 @@ def ours() -> Any:
     return importlib.import_module("tilewise.integrations.vllm_experts").TilewiseExperts
 
 
-@pytest.mark.parametrize("switch", [None, "1"])
+@pytest.mark.parametrize("switch", [None, "1", "on"])
 def test_another_backend_than_triton_is_left_unless_asked(
     vllm: Any, monkeypatch: pytest.MonkeyPatch, switch: str | None
 ) -> None:

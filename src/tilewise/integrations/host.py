@@ -17,13 +17,22 @@ from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
 
 OFF = ("0", "false", "off", "no")
-ON = ("", "1", "true", "on", "yes")
+ON = ("1", "true", "on", "yes")
+
+
+def _switch(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
+
+
+def switched_on(name: str) -> bool:
+    """Whether the environment asks for a plug-in; unset or empty it leaves that to the host."""
+    return _switch(name) in ON
 
 
 def switched_off(name: str, log: logging.Logger) -> bool:
     """Whether the environment switches a plug-in off; what says neither does, with a warning."""
-    value = os.environ.get(name, "").strip().lower()
-    if value not in OFF + ON:
+    value = _switch(name)
+    if value and value not in OFF + ON:
         log.warning("tilewise: %s=%r is neither 0 nor 1 and is taken for 0", name, value)
         return True
     return value in OFF

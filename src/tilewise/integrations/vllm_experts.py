@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from importlib import import_module
 from typing import Any
 
@@ -258,7 +257,7 @@ def why_not(moe: Any, chosen: Any) -> str | None:
     known = translate(moe.activation.value, *_clamp(moe))
     if isinstance(known, str):
         return known
-    if chosen is not _backends.TRITON and os.environ.get(SWITCH) != "1":
+    if chosen is not _backends.TRITON and not host.switched_on(SWITCH):
         return f"vLLM chose {chosen.name}, {SWITCH}=1 puts Tilewise in its place"
     return None
 
