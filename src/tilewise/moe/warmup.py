@@ -44,17 +44,43 @@ def representative_tokens(
     weights: ExpertWeights, top_k: int, max_tokens: int, batch_invariant: bool, target: Target
 ) -> list[int]:
     """Token counts up to `max_tokens` that between them need every variant, one count a variant."""
-    seen: dict[object, int] = {}
-    for num_tokens in range(1, max_tokens + 1):
+
+    def variant(num_tokens: int) -> object:
         ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
         hidden = torch.empty((num_tokens, weights.hidden_size), dtype=weights.dtype, device="meta")
         problem = problem_of(
             hidden, weights.gate, weights.up, weights.down, ids, True, batch_invariant
         )
         # The plan's step is a variant of its own; decode has no plan.
-        key = (schedule(problem, target), plan_variant(num_tokens * top_k))
-        seen.setdefault(key, num_tokens)
-    return sorted(seen.values())
+        return schedule(problem, target), plan_variant(num_tokens * top_k)
+
+    return first_of_each(variant, max_tokens)
+
+
+def first_of_each(variant: Callable[[int], object], largest: int) -> list[int]:
+    """The smallest count of each variant up to `largest`, by bisection between powers of two.
+
+    Between two powers of two no variant comes back once another has taken its place: row limits are
+    powers of two, and those on a mean or on the plan's ids lie further apart.
+    """
+    first = {variant(1): 1}
+    low = 1
+    while low < largest:
+        high = min(1 << low.bit_length(), largest)
+        here = variant(low)
+        if variant(high) == here:
+            low = high
+            continue
+        same = low
+        while high - same > 1:
+            middle = (same + high) // 2
+            if variant(middle) == here:
+                same = middle
+            else:
+                high = middle
+        low = high
+        first.setdefault(variant(low), low)
+    return sorted(first.values())
 
 
 def warmup(
