@@ -26,7 +26,9 @@ SHAPES = {
 TOKENS = (8, 32, 48, 128, 2048, 8192)
 
 config = load("dispatch.config")
+rules = load("dispatch.rules")
 select = load("dispatch.select")
+table = load("dispatch.table")
 target_module = load("target")
 
 
@@ -81,7 +83,8 @@ def grouped_arguments(
         "SEGMENTS": 256, "GATED": gated, "GATHER": gated, "BIAS": extras,
         "ROW_WEIGHTS": extras and gated, "KIND": kind if gated else "none", "ALPHA": 1.702,
         "BETA": 1.0, "LIMIT": 7.0 if extras else None,
-        "EVEN_K": problem.k % cfg.block_k == 0, "EVEN_N": problem.n % cfg.block_n == 0,
+        "EVEN_K": problem.k % cfg.block_k == 0 or (cfg.descriptors and not gated),
+        "EVEN_N": problem.n % cfg.block_n == 0 or cfg.descriptors,
         "SAME_STRIDES": True,
         "DESCRIPTORS": cfg.descriptors, "X_DESCRIPTOR": cfg.descriptors and not gated,
         "OUT_PARTS": parts,
@@ -111,7 +114,20 @@ def grouped_cases() -> list[Any]:
                             seen.add(cfg)
                             name = f"{arch}-{dtype}-{stage}-{shape}-{count}"
                             cases.append(pytest.param(arch, dtype, stage, shape, cfg, id=name))
+                    for variant in (
+                        variants(arch, stage) if (dtype, shape) == ("bf16", "even") else ()
+                    ):
+                        if variant not in seen:
+                            seen.add(variant)
+                            name = f"{arch}-{dtype}-{stage}-{variant.name}".replace(" ", "_")
+                            cases.append(pytest.param(arch, dtype, stage, shape, variant, id=name))
     return cases
+
+
+def variants(arch: str, stage: str) -> list[Any]:
+    """What costs were fitted for: any of them may be chosen for some shape."""
+    fitted = table.shipped(arch)
+    return list(getattr(fitted, stage).coefficients) if fitted else []
 
 
 @pytest.mark.parametrize(("arch", "dtype", "stage", "shape", "cfg"), grouped_cases())
@@ -175,7 +191,7 @@ def test_decode(arch: str, dtype: str) -> None:
     kernels = load("moe.kernels.decode")
     pointer = f"*{dtype}!"
     for tokens in (1, 2):
-        gate_up = select.choose_stream(gemm("even", tokens, "gate_up", dtype), target)
+        gate_up = rules.choose_stream(gemm("even", tokens, "gate_up", dtype), target)
         compiled = compile_kernel(
             kernels.decode_gate_up_kernel, arch,
             {
@@ -195,7 +211,7 @@ def test_decode(arch: str, dtype: str) -> None:
         )  # fmt: skip
         assert compiled.shared <= target.shared_memory
         assert compiled.spilled == 0
-        down = select.choose_stream(gemm("even", tokens, "down", dtype), target)
+        down = rules.choose_stream(gemm("even", tokens, "down", dtype), target)
         compiled = compile_kernel(
             kernels.decode_down_kernel, arch,
             {

@@ -17,7 +17,8 @@ from tilewise.dispatch.config import (
     shared_memory,
     why_illegal,
 )
-from tilewise.dispatch.select import choose, choose_stream, next_power_of_two
+from tilewise.dispatch.rules import choose_stream, next_power_of_two, rule
+from tilewise.dispatch.select import choose
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.target import CATALOGUE, CHIPS, CPU, Target
@@ -107,7 +108,8 @@ def test_shared_memory_by_hand() -> None:
     assert shared_memory(small, GATE_UP) == 64 * 128 * 4 + KIB
     assert shared_memory(replace(small, swap_operands=True), GATE_UP) == 2 * 64 * 128 * 4 + KIB
     persistent = replace(config, persistent=True)
-    assert shared_memory(persistent, GATE_UP) - shared_memory(config, GATE_UP) == 64 * 128
+    assert shared_memory(persistent, GATE_UP) - shared_memory(config, GATE_UP) == 64 * 128 * 2
+    assert shared_memory(persistent, DOWN) - shared_memory(config, DOWN) == 64 * 128
 
 
 def test_accumulators_by_hand() -> None:
@@ -226,10 +228,9 @@ def test_choices_of_tiny_and_odd_shapes_are_legal(target: Target) -> None:
                 assert not config.descriptors
 
 
-def test_hopper_swaps_operands_for_few_tokens_only() -> None:
+def test_hopper_takes_short_tiles_for_few_tokens_and_tall_for_many() -> None:
     few, many = (choose(problem(t).gemms()[1], H200) for t in (8, 2048))
-    assert few.swap_operands and few.block_m == 16
-    assert not many.swap_operands and many.block_m == 128
+    assert few.block_m <= 32 and many.block_m >= 64
     assert few.descriptors and many.descriptors
     # Three TF32 products do not run on warp groups: fp32 takes the portable path.
     assert not choose(problem(8, itemsize=4).gemms()[1], H200).swap_operands
@@ -237,7 +238,7 @@ def test_hopper_swaps_operands_for_few_tokens_only() -> None:
 
 def test_taller_tiles_for_more_tokens() -> None:
     for target in CATALOGUE.values():
-        heights = [choose(problem(t).gemms()[1], target).block_m for t in TOKENS]
+        heights = [rule(problem(t).gemms()[1], target).block_m for t in TOKENS]
         assert heights == sorted(heights) and heights[0] < heights[-1], target.arch
 
 

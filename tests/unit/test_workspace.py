@@ -36,7 +36,8 @@ def test_narrow_layers_share_reductions_on_hopper() -> None:
     counters, partials = split_sizes(problem, layer, target)
     assert counters >= 2 * target.num_sms
     config = layer.gate_up
-    assert partials == target.num_sms * config.block_m * config.block_n * 2
+    programs = target.num_sms * config.occupancy
+    assert partials == programs * config.block_m * config.block_n * 2
     ints, _, _, sums = buffer_sizes(problem, layer, target)
     assert ints >= 4 * counters
     assert sums == 4 * partials
@@ -48,7 +49,7 @@ def test_batch_invariant_calls_share_none() -> None:
         layer = schedule(problem, CATALOGUE[arch])
         assert layer.gate_up.split_k == layer.down.split_k == 1
     shared = schedule(replace(problem, batch_invariant=False), CATALOGUE["sm_90"])
-    with pytest.raises(ValueError, match=r"config.gate_up.split_k=4: .* takes split_k=1"):
+    with pytest.raises(ValueError, match=r"config.gate_up.split_k=\d: .* takes split_k=1"):
         given_schedule(shared.to_json(), problem, CATALOGUE["sm_90"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -92,6 +93,45 @@ class KernelConfig:
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
+    @property
+    def name(self) -> str:
+        """A short name for files and charts: "128x128x64 g8 w8 s4 D t64"; `from_name` reads it."""
+        words = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
+        words += [f"g{self.group_m}", f"w{self.num_warps}", f"s{self.num_stages}"]
+        flags = "S" * self.swap_operands + "D" * self.descriptors + "P" * self.persistent
+        words += [flags] if flags else []
+        rest = (("o", self.occupancy, 1), ("t", self.tail_m, 0), ("k", self.split_k, 1),
+                ("p", self.store_parts, 0))  # fmt: skip
+        return " ".join(words + [f"{key}{value}" for key, value, usual in rest if value != usual])
+
+    @staticmethod
+    def from_name(name: str) -> KernelConfig:
+        """The configuration of a `name`.
+
+        Raises:
+            ValueError: no configuration has this name.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is no configuration's name; one is '128x128x64 g8 w8 s4 D'")
+        part = match.groupdict()
+        numbers = {key: int(part[key]) for key in _NUMBERS if part[key] is not None}
+        flags = part["flags"] or ""
+        return KernelConfig(
+            **numbers, swap_operands="S" in flags, descriptors="D" in flags, persistent="P" in flags
+        )
+
+
+_NUMBERS = (
+    "block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "occupancy", "tail_m",
+    "split_k", "store_parts",
+)  # fmt: skip
+_NAME = re.compile(
+    r"(?P<block_m>\d+)x(?P<block_n>\d+)x(?P<block_k>\d+) g(?P<group_m>\d+) w(?P<num_warps>\d+)"
+    r" s(?P<num_stages>\d+)(?: (?P<flags>S?D?P?))?(?: o(?P<occupancy>\d+))?"
+    r"(?: t(?P<tail_m>\d+))?(?: k(?P<split_k>\d+))?(?: p(?P<store_parts>\d+))?"
+)
+
 
 @dataclass(frozen=True)
 class GroupedGemm:
@@ -131,7 +171,9 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
         epilogue = config.block_m * config.block_n * 4 * gemm.num_weights
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
         parts = config.store_parts
-        staging = config.block_m * config.block_n // parts + 128 if parts else 0
+        staging = config.block_m * config.block_n // max(1, parts) + (128 if parts else 0)
+        if not parts and gemm.num_weights == 1:  # A pair's result is laid out anew to be stored.
+            staging = 0
         staged += max(staging, config.num_warps * 8 * config.block_n) * gemm.itemsize
     return max(staged, epilogue) + 1024
 

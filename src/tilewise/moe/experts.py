@@ -186,8 +186,9 @@ def grouped_gemm_into(
         ALPHA=act.alpha,
         BETA=act.beta,
         LIMIT=act.limit,
-        EVEN_K=k % config.block_k == 0,
-        EVEN_N=n % config.block_n == 0,
+        # Descriptors clip by themselves: one compiled kernel for even and uneven sizes.
+        EVEN_K=k % config.block_k == 0 or x_descriptor,
+        EVEN_N=n % config.block_n == 0 or config.descriptors,
         SAME_STRIDES=g.stride()[1:] == up.stride()[1:],
         DESCRIPTORS=config.descriptors,
         X_DESCRIPTOR=x_descriptor,

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..dispatch.config import GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
-from ..dispatch.select import choose, choose_stream
+from ..dispatch.rules import choose_stream
+from ..dispatch.select import choose
 from ..target import Target
 
 # Up to this many tokens every program streams its own expert; measured in docs/performance.md.

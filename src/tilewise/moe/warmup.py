@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ..dispatch.select import bucket
 from ..models import MoEShape
 from ..target import Target
 from . import launch as launching
@@ -58,15 +59,15 @@ def representative_tokens(
 
 
 def first_of_each(variant: Callable[[int], object], largest: int) -> list[int]:
-    """The smallest count of each variant up to `largest`, by bisection between powers of two.
+    """The smallest count of each variant up to `largest`, by bisection within token buckets.
 
-    Between two powers of two no variant comes back once another has taken its place: row limits are
-    powers of two, and those on a mean or on the plan's ids lie further apart.
+    Within a bucket no variant comes back once another has taken its place: fitted costs see the
+    bucket alone, and limits on rows, their mean or the plan's ids lie further apart.
     """
     first = {variant(1): 1}
     low = 1
     while low < largest:
-        high = min(1 << low.bit_length(), largest)
+        high = min(bucket(low + 1), largest)
         here = variant(low)
         if variant(high) == here:
             low = high

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..dispatch.config import KernelConfig
+from ..dispatch.select import buckets
 from ..target import Target
 from .experts import split_elements
 from .launch import next_power_of_two
@@ -19,10 +20,6 @@ ALIGNMENT = 256  # Bytes; keeps every buffer fit for a tensor descriptor.
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-# Token counts at which a shape that is ever split is split: powers of two, as tiles' heights are.
-SPLIT_TOKENS = (4, 8, 16, 32, 64, 128)
 
 
 def num_counters(config: LayerConfig, target: Target) -> int:
@@ -51,7 +48,7 @@ def reserve(problem: LayerProblem, target: Target) -> tuple[int, int]:
     Whatever the weights' strides, which decide on descriptors, and with them on sharing.
     """
     needs = [(0, 0)]
-    for tokens in [t for t in SPLIT_TOKENS if t < problem.num_tokens] + [problem.num_tokens]:
+    for tokens in {*buckets(problem.num_tokens), problem.num_tokens}:
         call = replace(problem, num_tokens=tokens, descriptors_possible=True)
         layer = schedule(call, target)
         if layer.path == "grouped":

@@ -1,0 +1,129 @@
+"""Costs by hand, and what a choice made from them must keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tilewise.dispatch.config import GroupedGemm, KernelConfig, why_illegal
+from tilewise.dispatch.features import FEATURES, features
+from tilewise.dispatch.histogram import Histogram, expected_sizes
+from tilewise.dispatch.rules import rule
+from tilewise.dispatch.select import FEWEST, bucket, buckets, choose
+from tilewise.dispatch.space import space
+from tilewise.dispatch.table import Exemplar, StageTable, shipped, stage_table
+from tilewise.models import MODELS
+from tilewise.target import CATALOGUE, Target
+
+H200 = Target.from_arch("sm_90")
+DOWN = GroupedGemm(1024, 128, 128, 2048, 768)
+GATE_UP = GroupedGemm(1024, 128, 128, 768, 2048, 2, 2, True)
+
+
+def test_names_round_trip() -> None:
+    for gemm in (DOWN, GATE_UP):
+        names = [config.name for config in space(gemm, H200)]
+        assert len(set(names)) == len(names)
+        assert [KernelConfig.from_name(name) for name in names] == space(gemm, H200)
+    with pytest.raises(ValueError, match="'64x64' is no configuration's name; one is"):
+        KernelConfig.from_name("64x64")
+
+
+@pytest.mark.parametrize("gemm", [DOWN, GATE_UP], ids=["down", "gate_up"])
+def test_the_space_is_wide_and_legal(gemm: GroupedGemm) -> None:
+    configs = space(gemm, H200)
+    assert len(configs) >= 134
+    assert all(why_illegal(config, gemm, H200) is None for config in configs)
+    assert space(gemm, Target.from_arch("sm_89")) == []
+    assert space(replace(gemm, itemsize=4), H200) == []
+
+
+def test_tiles_of_a_histogram() -> None:
+    histogram = Histogram.of([0, 130, 16, 17, 64])
+    assert (histogram.rows, histogram.active, histogram.largest) == (227, 4, 130)
+    assert histogram.tiles(64) == (3 + 1 + 1 + 1, 0)
+    assert histogram.tiles(64, 16) == (2 + 0 + 1 + 1, 1 + 1)
+
+
+@pytest.mark.parametrize("family", ["uniform", "zipf", "hot"])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(8, 8, 128), (300, 2, 8), (4096, 8, 256)])
+def test_expected_sizes_hold_the_rows(family: str, tokens: int, top_k: int, experts: int) -> None:
+    histogram = expected_sizes(family, tokens, top_k, experts)
+    assert histogram.rows == pytest.approx(tokens * top_k, rel=0.1)
+    assert histogram.largest <= tokens
+    if family == "hot":
+        assert histogram.sizes == (tokens,) * top_k
+    # Uniform draws of 8 tokens reach 1 - (1 - 8/128)^8 = 40% of the experts.
+    if (family, tokens) == ("uniform", 8):
+        assert histogram.active == pytest.approx(0.4 * experts, abs=3)
+
+
+def test_features_by_hand() -> None:
+    config = KernelConfig(64, 128, 64, num_stages=4, descriptors=True)
+    histogram = Histogram.of([100, 64, 1])
+    values = dict(zip(FEATURES, features(config, DOWN, H200, histogram), strict=True))
+    tiles = (2 + 1 + 1) * 16
+    assert values["grid"] == tiles / 1e3
+    assert values["wave_steps"] == 12 and values["waves"] == 1
+    assert values["sm_programs"] == 1
+    assert values["weights"] == pytest.approx(3 * 2048 * 768 * 2 / 4.8e6)
+    assert values["output"] == pytest.approx(165 * 2048 * 2 / 4.8e6)
+    shared = replace(config, split_k=4, occupancy=2)
+    values = dict(zip(FEATURES, features(shared, DOWN, H200, histogram), strict=True))
+    assert values["grid"] == tiles * 4 / 1e3 and values["sm_steps"] == 2 * 3
+
+
+def test_exemplars_speak_nearby_and_not_afar() -> None:
+    config = KernelConfig(64, 128, 64, descriptors=True)
+    bare = StageTable({config: (10.0, *[0.0] * (len(FEATURES) - 1))}, ())
+    here = expected_sizes("uniform", 128, 8, 128)
+    place = tuple(
+        math.log2(v) for v in (here.largest, here.rows / here.active, here.active, 2048, 768)
+    )
+    for distance, wanted in ((0.0, 10 * 2 ** (1 / 1.1)), (3.0, 10.0)):
+        exemplar = Exemplar((place[0] + distance, *place[1:]), {config: math.log(2)})
+        table = replace(bare, exemplars=(exemplar,))
+        assert table.costs(DOWN, H200, here)[config] == pytest.approx(wanted)
+
+
+def test_a_table_survives_its_file() -> None:
+    table = shipped("sm_90")
+    assert table is not None and shipped("sm_89") is None
+    again = StageTable.from_json(table.down.to_json())
+    assert again == table.down
+    assert stage_table(DOWN, H200) is table.down
+    assert stage_table(GATE_UP, H200) is table.gate_up
+    for other in (replace(DOWN, itemsize=4), replace(DOWN, descriptors_possible=False),
+                  replace(GATE_UP, num_weights=1)):  # fmt: skip
+        assert stage_table(other, H200) is None
+    assert stage_table(DOWN, CATALOGUE["sm_100"]) is None
+
+
+def test_buckets() -> None:
+    assert buckets(40) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40]
+    for tokens in range(1, 5000):
+        top = bucket(tokens)
+        assert tokens <= top <= 1.25 * tokens + 1 and bucket(top) == top
+
+
+def test_one_choice_for_a_bucket() -> None:
+    for shape in (MODELS["qwen3-30b-a3b"], MODELS["mixtral-8x7b"]):
+        for low, high in ((257, 320), (1025, 1280), (33, 40)):
+            a, b = (
+                choose(
+                    GroupedGemm(t * shape.top_k, t, shape.num_experts, shape.hidden_size,
+                                shape.intermediate_size), H200
+                )
+                for t in (low, high)
+            )  # fmt: skip
+            assert a == b
+
+
+def test_the_rule_stands_where_nothing_was_fitted() -> None:
+    few = replace(GATE_UP, max_rows=8 * (FEWEST - 1), max_segment_rows=FEWEST - 1)
+    assert choose(few, H200) == rule(few, H200)
+    for arch in ("sm_80", "sm_100", "gfx942"):
+        target = CATALOGUE[arch]
+        assert choose(DOWN, target) == rule(DOWN, target)
