@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import tilewise
-from tilewise.dispatch.config import KernelConfig, fit, why_illegal
+from tilewise.dispatch.config import KernelConfig, StreamConfig, fit, why_illegal
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.explain import workspace_size
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
-from tilewise.target import CATALOGUE, Target
+from tilewise.target import CATALOGUE, CPU, Target
 
 NARROW = MoEShape(128, 8, 4096, 192)
 
@@ -116,3 +116,32 @@ def test_workspaces_are_checked_on_a_cpu_too(spoil: str) -> None:
     }[spoil]  # fmt: skip
     with pytest.raises(ValueError, match="workspace"):
         tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=bad)
+
+
+GROUPED = LayerConfig("grouped", *[KernelConfig(16, 32, 32, split_k=2, occupancy=2)] * 2)
+DECODE = LayerConfig("decode", *[StreamConfig(16, 32)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_tokens"), [(DECODE, 5), (GROUPED, 1)], ids=["less", "more"]
+)
+def test_a_given_configuration_sizes_workspaces_on_a_cpu_too(
+    config: LayerConfig, num_tokens: int
+) -> None:
+    """A configuration that needs less than the chosen one gets by with less, and the reverse."""
+    shape = MoEShape(8, 2, 64, 32)
+    weights = tilewise.ExpertWeights.from_gate_up(torch.randn(8, 64, 64), torch.randn(8, 64, 32))
+    x, ids = torch.randn(num_tokens, 64), torch.zeros(num_tokens, 2, dtype=torch.int32)
+    out, gates = torch.empty_like(x), torch.rand(num_tokens, 2)
+    options = {"dtype": torch.float32, "target": CPU}
+    size = workspace_size(shape, num_tokens, config=config, **options)  # type: ignore[arg-type]
+    chosen = workspace_size(shape, num_tokens, **options)  # type: ignore[arg-type]
+    assert (size < chosen) is (config is DECODE)
+    workspace = torch.empty(size, dtype=torch.uint8)
+
+    def run(workspace: torch.Tensor) -> None:
+        tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=workspace, config=config)
+
+    run(workspace)
+    with pytest.raises(ValueError, match=f"workspace has {size - 1} bytes, .* needs {size}"):
+        run(workspace[:-1])
