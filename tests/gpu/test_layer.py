@@ -303,6 +303,24 @@ def test_repeated_launches_follow_their_tensors() -> None:
             cases.assert_within(call(case, replace(inputs, hidden_states=x)), expected, plain)
 
 
+def test_repeated_launches_know_which_weights_are_one() -> None:
+    """Calls that differ only in which of their tensors are the same one."""
+    for num_tokens in (2, 40):
+        case = cases.Case("square", num_tokens, 8, 2, 256, 256, bias=True, layout="split")
+        inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+        w = inputs.weights
+        for same in (
+            {"down": w.gate}, {"down": w.up}, {"down_bias": w.gate_bias}, {"down_bias": w.up_bias},
+            {"up_bias": w.gate_bias},
+        ):  # fmt: skip
+            tied = replace(inputs, weights=replace(w, **same))  # type: ignore[arg-type]
+            expected = cases.fp32_experts(case, tied)
+            for _ in range(2):
+                cases.assert_within(
+                    call(case, tied), expected, cases.plain_torch_experts(case, tied)
+                )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_of_an_active_token_stays(kind: str) -> None:
     """Clamps and maxima on the GPU would turn NaN into a number if told nothing."""

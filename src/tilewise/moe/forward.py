@@ -136,8 +136,7 @@ def _repeat_or_record(
         *[None if t is None else (t.stride(), t.dtype) for t in tensors[7:10]],
         None if expert_map is None else (expert_map.shape, expert_map.dtype),
         *[address & 15 for address in addresses],
-        len(set(addresses)),
-        addresses[0] == addresses[1],
+        *map(addresses.index, addresses),  # Launches know tensors by address: which are one counts.
         0 if gate is None else addresses[5] - addresses[4],
         None if workspace is None else workspace.numel(),
         activation,
