@@ -11,7 +11,9 @@ import torch
 import tilewise
 from tilewise.dispatch.config import KernelConfig, StreamConfig, fit, why_illegal
 from tilewise.models import MODELS, MoEShape
+from tilewise.moe.experts import suits_rows
 from tilewise.moe.explain import workspace_size
+from tilewise.moe.plan import carve_counts, carve_plan, count_ints, plan_ints
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
 from tilewise.target import CATALOGUE, CPU, Target
@@ -74,6 +76,27 @@ def test_amd_shares_no_reduction() -> None:
     wish = KernelConfig(16, 64, 32, split_k=4)
     assert "never tested" in str(why_illegal(wish, gemm, target))
     assert fit(wish, gemm, target).split_k == 1
+
+
+@pytest.mark.parametrize("num_experts", [1, 7, 130])
+@pytest.mark.parametrize("num_ids", [1, 2050, 4096, 4099, 9001, 40003])
+def test_parts_of_a_plan_are_aligned_and_apart(num_ids: int, num_experts: int) -> None:
+    """What follows the plan is aligned too: counters of shared reductions, whatever the sizes."""
+    size = plan_ints(num_ids, num_experts)
+    buffer = torch.zeros(size, dtype=torch.int32)
+    ragged = carve_plan(buffer, num_ids, num_experts)
+    counts = carve_counts(buffer, num_ids, num_experts)
+    assert len(counts) == count_ints(num_ids, num_experts)
+    assert size % 4 == 0
+    for part in (ragged.sizes, ragged.offsets, ragged.gather, ragged.scatter, counts):
+        assert part.storage_offset() % 4 == 0
+        part += 1
+    assert buffer.max() == 1
+
+
+def test_more_rows_than_a_ragged_descriptor_holds_go_by_pointers() -> None:
+    assert suits_rows(torch.empty(2**30, 8, dtype=torch.bfloat16, device="meta"))
+    assert not suits_rows(torch.empty(2**30 + 1, 8, dtype=torch.bfloat16, device="meta"))
 
 
 @pytest.mark.parametrize(
