@@ -11,7 +11,9 @@ import torch
 import tilewise
 from tests import cases
 from tilewise import ExpertWeights, MoEShape
+from tilewise.dispatch.config import KernelConfig
 from tilewise.moe.activation import KINDS, Activation
+from tilewise.moe.forward import OVERLAP_ROWS
 from tilewise.moe.schedule import LayerProblem, schedule
 
 pytestmark = pytest.mark.gpu
@@ -124,9 +126,14 @@ def test_addresses_past_two_to_the_31(dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
-def test_many_tokens_past_two_to_the_31() -> None:
-    """131,072 tokens of 16,400 hidden elements: rows beyond 2^31 elements in and out."""
-    tokens, hidden, inter = 131_072, 16_400, 64
+@pytest.mark.parametrize(
+    ("hidden", "inter"), [(16_400, 64), (64, 16_400)], ids=["hidden_states", "activations"]
+)
+@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+def test_many_tokens_past_two_to_the_31(hidden: int, inter: int, descriptors: bool) -> None:
+    """131,072 tokens: rows beyond 2^31 elements in and out, or between the products."""
+    tokens = 131_072
+    assert tokens * max(hidden, inter) > 2**31
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
     x[-64:].normal_()
     x[:-64] = 0.5
@@ -135,14 +142,21 @@ def test_many_tokens_past_two_to_the_31() -> None:
         torch.randn(4, hidden, inter, device="cuda").mul_(inter**-0.5).bfloat16(),
     )
     ids = torch.randint(0, 4, (tokens, 1), device="cuda", dtype=torch.int32)
+    ids[-32:] = 3  # The last rows of all, whose elements are the farthest.
     topk_weights = torch.ones(tokens, 1, device="cuda")
-    out = tilewise.fused_experts(x, weights, topk_weights, ids)
+    problem = LayerProblem(tokens, 1, 4, hidden, inter, 2, True, descriptors)
+    config = schedule(problem, tilewise.Target.probe())
+    out = tilewise.fused_experts(x, weights, topk_weights, ids, config=config)
     tail = slice(tokens - 64, tokens)
     case = cases.Case("tail", 64, 4, 1, hidden, inter)
     part = cases.Inputs(x[tail], weights, topk_weights[tail], ids[tail], None)
     cases.assert_within(
         out[tail], cases.fp32_experts(case, part), cases.plain_torch_experts(case, part)
     )
+    # Alike in all tokens of an expert, wherever their rows lie.
+    where = ids[:-64, 0].long()
+    first = out[torch.stack([(where == e).int().argmax() for e in range(4)])]
+    assert torch.equal(out[:-64], first[where])
 
 
 @pytest.mark.parametrize(
@@ -303,6 +317,24 @@ def test_repeated_launches_follow_their_tensors() -> None:
             cases.assert_within(call(case, replace(inputs, hidden_states=x)), expected, plain)
 
 
+def test_repeated_launches_know_which_weights_are_one() -> None:
+    """Calls that differ only in which of their tensors are the same one."""
+    for num_tokens in (2, 40):
+        case = cases.Case("square", num_tokens, 8, 2, 256, 256, bias=True, layout="split")
+        inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+        w = inputs.weights
+        for same in (
+            {"down": w.gate}, {"down": w.up}, {"down_bias": w.gate_bias}, {"down_bias": w.up_bias},
+            {"up_bias": w.gate_bias},
+        ):  # fmt: skip
+            tied = replace(inputs, weights=replace(w, **same))  # type: ignore[arg-type]
+            expected = cases.fp32_experts(case, tied)
+            for _ in range(2):
+                cases.assert_within(
+                    call(case, tied), expected, cases.plain_torch_experts(case, tied)
+                )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_of_an_active_token_stays(kind: str) -> None:
     """Clamps and maxima on the GPU would turn NaN into a number if told nothing."""
@@ -314,6 +346,111 @@ def test_nan_of_an_active_token_stays(kind: str) -> None:
             inputs.hidden_states[0, 3] = torch.nan
             out = call(case, inputs)
             assert out[0].isnan().all() and torch.isfinite(out[1:]).all()
+
+
+@pytest.mark.parametrize("num_tokens", [100, 700, 3000])
+@pytest.mark.parametrize("sizes", [(8, 2, 1024, 2048), (64, 4, 512, 256)], ids=str)
+def test_nan_of_one_token_leaves_the_others_bits(
+    sizes: tuple[int, int, int, int], num_tokens: int
+) -> None:
+    """Tall tiles hold many tokens' rows, and their tails rows of no token."""
+    case = cases.Case("nan_rows", num_tokens, *sizes, routing="zipf")
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    clean = call(case, inputs)
+    for token in (0, num_tokens // 2, num_tokens - 1):
+        for value in (torch.nan, torch.inf):
+            x = inputs.hidden_states.clone()
+            x[token, 5] = value
+            out = call(case, replace(inputs, hidden_states=x))
+            assert not torch.isfinite(out[token]).any()
+            out[token] = clean[token]
+            assert torch.equal(out, clean), (token, value)
+
+
+def test_shared_reductions_after_a_plan_in_two_launches() -> None:
+    """More ids than one launch plans, few enough tiles that programs share their reductions."""
+    target = tilewise.Target.probe()
+    if not target.tensor_descriptors:
+        pytest.skip(f"{target.arch} loads gate and up by pointers, and shares no sums of theirs")
+    case = cases.Case("shared_long", 2600, 4, 2, 512, 256, routing="hot")
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    whole = KernelConfig(128, 64, 64, 8, 8, 3, descriptors=True)
+    split = replace(whole, split_k=3, occupancy=16)
+    first = call(case, inputs, config=tilewise.LayerConfig("grouped", split, split))
+    cases.assert_within(
+        first, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
+    )
+    for other in ((split, whole), (whole, split)):
+        # Sums of parts round otherwise than whole sums: both products were shared.
+        unlike = call(case, inputs, config=tilewise.LayerConfig("grouped", *other))
+        assert not torch.equal(unlike, first)
+    for _ in range(50):
+        again = call(case, inputs, config=tilewise.LayerConfig("grouped", split, split))
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    "shape", [MoEShape(64, 4, 512, 256), MoEShape(128, 8, 4096, 192)], ids=["plain", "shared"]
+)
+def test_calls_in_a_row_share_their_memory(shape: MoEShape, captured: bool) -> None:
+    """Kernels that start before the one ahead has ended write nothing that it still reads.
+
+    Pairs of calls, of many sizes, on one workspace and one tensor between the two calls of a pair.
+    """
+    experts, top_k, hidden = shape.num_experts, shape.top_k, shape.hidden_size
+    counts = (128, 1, 16, 3, 100)
+    assert max(counts) * top_k <= OVERLAP_ROWS
+    case = cases.Case("row", 1, experts, top_k, hidden, shape.intermediate_size)
+    weights = cases.make_inputs(case, torch.bfloat16, "cuda").weights
+    xs = [torch.empty(n, hidden, dtype=torch.bfloat16, device="cuda") for n in counts]
+    gates = [torch.empty(n, top_k, device="cuda") for n in counts]
+    ids = [torch.empty(n, top_k, dtype=torch.int32, device="cuda") for n in counts]
+    outs = [torch.empty_like(x) for x in xs]
+    shared_between = torch.empty_like(xs[0])
+    size = tilewise.workspace_size(shape, max(counts))
+    shared = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+
+    def run(alone: bool) -> list[torch.Tensor]:
+        results = []
+        for x, weight, expert, out in zip(xs, gates, ids, outs, strict=True):
+            between = torch.empty_like(x) if alone else shared_between[: len(x)]
+            result = torch.empty_like(x) if alone else out
+            for source, into in ((x, between), (between, result)):
+                workspace = torch.full_like(shared, 255) if alone else shared
+                tilewise.fused_experts(
+                    source, weights, weight, expert, out=into, workspace=workspace
+                )
+                if alone:
+                    torch.cuda.synchronize()
+            results.append(result)
+        return results
+
+    def renew() -> None:
+        for x, weight, expert in zip(xs, gates, ids, strict=True):
+            x.normal_()
+            weight.uniform_()
+            expert.copy_(torch.rand(len(x), experts, device="cuda").topk(top_k).indices)
+
+    renew()
+    run(alone=False)
+    graph = torch.cuda.CUDAGraph() if captured else None
+    if graph is not None:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            run(alone=False)
+    for _ in range(50):
+        renew()
+        expected = run(alone=True)
+        for out in outs:
+            out.fill_(torch.nan)
+        if graph is not None:
+            graph.replay()
+            graph.replay()
+        else:
+            torch.cuda._sleep(4_000_000)  # Until all launches are queued: then none waits for us.
+            run(alone=False)
+        assert all(map(torch.equal, outs, expected))
 
 
 def test_threads_repeat_the_same_launches() -> None:
@@ -372,8 +509,6 @@ def test_wrong_out_and_workspace_are_refused_when_repeating() -> None:
 
 
 def test_impossible_configuration_is_refused() -> None:
-    from tilewise.dispatch.config import KernelConfig
-
     case = cases.Case("refuse", 9, 7, 2)
     inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
     huge = KernelConfig(128, 256, 128, num_warps=8, num_stages=6)

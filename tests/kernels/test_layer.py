@@ -11,7 +11,11 @@ import torch
 from tests import cases
 from tests.kernels.harness import DEVICE, INTERPRETED, run_layer
 from tilewise.dispatch.config import KernelConfig, StreamConfig
+from tilewise.moe import plan
+from tilewise.moe.forward import problem_of
 from tilewise.moe.schedule import LayerConfig
+from tilewise.moe.workspace import buffer_sizes, carve, num_counters
+from tilewise.target import Target
 
 GROUPED = LayerConfig("grouped", KernelConfig(16, 32, 32, 2), KernelConfig(16, 64, 16, 1))
 DECODE = LayerConfig("decode", StreamConfig(32, 32), StreamConfig(32, 16, 4, 2))
@@ -83,6 +87,57 @@ def test_variants(name: str, sizes: tuple[int, int]) -> None:
     config = VARIANTS[name]
     for dtype in (torch.bfloat16, torch.float32):
         check(case, dtype, LayerConfig("grouped", config, config))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_variants_with_segments_of_several_tiles(name: str) -> None:
+    """Rows past a segment's first tile, groups of row tiles, last tiles nearly empty."""
+    case = cases.Case("long", 150, 3, 1, 40, 24, routing="zipf")
+    check(case, torch.float32, LayerConfig("grouped", *[VARIANTS[name]] * 2))
+
+
+@pytest.mark.parametrize("name", ["split_descriptors", "split_swapped"])
+def test_shared_reductions_after_a_plan_in_two_launches(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other kernel that sets the counters of arrived programs to zero, on poisoned memory."""
+    num_tokens = 2100
+    if INTERPRETED:  # As long a plan as the interpreter can wait for.
+        num_tokens = 29
+        monkeypatch.setattr(plan, "SCAN_ASSIGNMENTS", 16)
+        monkeypatch.setattr(plan, "chunk_of", lambda num_assignments: 32)
+    case = cases.Case("shared_long", num_tokens, 3, 2, 96, 64, routing="zipf")
+    config, rows = LayerConfig("grouped", *[VARIANTS[name]] * 2), 2 * num_tokens
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    w, target = inputs.weights, Target.probe(DEVICE)
+    problem = problem_of(inputs.hidden_states, w.gate, w.up, w.down, inputs.topk_ids, True, False)
+    sizes = buffer_sizes(problem, config, target)
+    workspace = torch.full((sum(sizes),), 255, dtype=torch.uint8, device=DEVICE)
+    outs = [run_layer(case, inputs, config, workspace=workspace).clone() for _ in range(2)]
+    cases.assert_close_to_reference(outs[0], case, inputs)
+    assert torch.equal(*outs)
+    # Programs did arrive, in both products.
+    assert plan.count_ints(rows, case.num_experts)
+    counters = carve(workspace, sizes, torch.float32)[0][plan.plan_ints(rows, case.num_experts) :]
+    arrived = counters[: 2 * num_counters(config, target)].view(2, -1)
+    assert (arrived.amax(1) > 1).all() and arrived.min() >= 0
+
+
+@pytest.mark.parametrize(
+    "name", ["tall", "tail", "tail_descriptors", "stored_by_descriptor", "split_swapped"]
+)
+def test_nan_of_one_token_stays_in_its_row(name: str) -> None:
+    """The other rows of its tiles keep their bits."""
+    case = cases.Case("nan_rows", 40, 3, 2, 48, 32, routing="zipf")
+    config = LayerConfig("grouped", *[VARIANTS[name]] * 2)
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    clean = run_layer(case, inputs, config)
+    others = torch.arange(40, device=DEVICE) != 17
+    for value in (torch.nan, torch.inf):
+        inputs.hidden_states[17, 5] = value
+        out = run_layer(case, inputs, config)
+        assert not torch.isfinite(out[17]).any()
+        assert torch.equal(out[others], clean[others])
 
 
 def test_batch_invariance() -> None:

@@ -115,6 +115,18 @@ def test_a_given_config_is_reported() -> None:
     assert report.config is DECODE and report.source == "given"
 
 
+def test_sharing_is_reported_where_it_happens() -> None:
+    """A product with two accumulators takes no part: gate and up by pointers."""
+    pointers = KernelConfig(16, 64, 64, split_k=4)
+    pair = replace(pointers, descriptors=True)
+    for given, shown, activation in (
+        (pointers, 1, SWIGLU), (pair, 4, SWIGLU), (pointers, 4, Activation("relu2")),
+    ):  # fmt: skip
+        config = LayerConfig("grouped", given, given)
+        told = explain(TINY, 9, target=H200, config=config, activation=activation).config
+        assert told.gate_up == replace(given, split_k=shown) and told.down == given
+
+
 def test_the_text_says_the_numbers() -> None:
     text = str(explain(MIXTRAL, 512, target=H200))
     assert "grouped on sm_90 (closed form)" in text

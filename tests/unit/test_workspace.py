@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import tilewise
-from tilewise.dispatch.config import KernelConfig, fit, why_illegal
+from tilewise.dispatch.config import KernelConfig, StreamConfig, fit, why_illegal
 from tilewise.models import MODELS, MoEShape
+from tilewise.moe.experts import suits_rows
 from tilewise.moe.explain import workspace_size
+from tilewise.moe.plan import carve_counts, carve_plan, count_ints, plan_ints
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
-from tilewise.target import CATALOGUE, Target
+from tilewise.target import CATALOGUE, CPU, Target
 
 NARROW = MoEShape(128, 8, 4096, 192)
 
@@ -77,6 +79,27 @@ def test_amd_shares_no_reduction() -> None:
     assert fit(wish, gemm, target).split_k == 1
 
 
+@pytest.mark.parametrize("num_experts", [1, 7, 130])
+@pytest.mark.parametrize("num_ids", [1, 2050, 4096, 4099, 9001, 40003])
+def test_parts_of_a_plan_are_aligned_and_apart(num_ids: int, num_experts: int) -> None:
+    """What follows the plan is aligned too: counters of shared reductions, whatever the sizes."""
+    size = plan_ints(num_ids, num_experts)
+    buffer = torch.zeros(size, dtype=torch.int32)
+    ragged = carve_plan(buffer, num_ids, num_experts)
+    counts = carve_counts(buffer, num_ids, num_experts)
+    assert len(counts) == count_ints(num_ids, num_experts)
+    assert size % 4 == 0
+    for part in (ragged.sizes, ragged.offsets, ragged.gather, ragged.scatter, counts):
+        assert part.storage_offset() % 4 == 0
+        part += 1
+    assert buffer.max() == 1
+
+
+def test_more_rows_than_a_ragged_descriptor_holds_go_by_pointers() -> None:
+    assert suits_rows(torch.empty(2**30, 8, dtype=torch.bfloat16, device="meta"))
+    assert not suits_rows(torch.empty(2**30 + 1, 8, dtype=torch.bfloat16, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -117,3 +140,32 @@ def test_workspaces_are_checked_on_a_cpu_too(spoil: str) -> None:
     }[spoil]  # fmt: skip
     with pytest.raises(ValueError, match="workspace"):
         tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=bad)
+
+
+GROUPED = LayerConfig("grouped", *[KernelConfig(16, 32, 32, split_k=2, occupancy=2)] * 2)
+DECODE = LayerConfig("decode", *[StreamConfig(16, 32)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_tokens"), [(DECODE, 5), (GROUPED, 1)], ids=["less", "more"]
+)
+def test_a_given_configuration_sizes_workspaces_on_a_cpu_too(
+    config: LayerConfig, num_tokens: int
+) -> None:
+    """A configuration that needs less than the chosen one gets by with less, and the reverse."""
+    shape = MoEShape(8, 2, 64, 32)
+    weights = tilewise.ExpertWeights.from_gate_up(torch.randn(8, 64, 64), torch.randn(8, 64, 32))
+    x, ids = torch.randn(num_tokens, 64), torch.zeros(num_tokens, 2, dtype=torch.int32)
+    out, gates = torch.empty_like(x), torch.rand(num_tokens, 2)
+    options = {"dtype": torch.float32, "target": CPU}
+    size = workspace_size(shape, num_tokens, config=config, **options)  # type: ignore[arg-type]
+    chosen = workspace_size(shape, num_tokens, **options)  # type: ignore[arg-type]
+    assert (size < chosen) is (config is DECODE)
+    workspace = torch.empty(size, dtype=torch.uint8)
+
+    def run(workspace: torch.Tensor) -> None:
+        tilewise.fused_experts(x, weights, gates, ids, out=out, workspace=workspace, config=config)
+
+    run(workspace)
+    with pytest.raises(ValueError, match=f"workspace has {size - 1} bytes, .* needs {size}"):
+        run(workspace[:-1])

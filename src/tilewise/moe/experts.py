@@ -16,6 +16,7 @@ from .activation import Activation
 from .kernels.grouped import grouped_gemm_kernel
 from .launch import cdiv, dot_precision, launch, next_power_of_two, upcast_dot
 
+MAX_RAGGED_ROWS = 2**30  # More than that, a ragged descriptor's wrap-around does not address.
 _IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND="none".
 
 
@@ -219,5 +220,5 @@ def suits_rows(x: torch.Tensor) -> bool:
         x.stride(1) == 1
         and (x.stride(0) * x.element_size()) % 16 == 0
         and x.data_ptr() % 16 == 0
-        and x.shape[0] > 0
+        and 0 < x.shape[0] <= MAX_RAGGED_ROWS
     )

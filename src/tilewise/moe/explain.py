@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..dispatch.config import KernelConfig
 from ..models import MoEShape
 from ..target import Target
 from .activation import SWIGLU, Activation
@@ -99,6 +100,14 @@ def workspace_size(
     return sum(buffer_sizes(problem, config or schedule(problem, machine), machine))
 
 
+def _as_run(layer: LayerConfig, gated: bool) -> LayerConfig:
+    """`layer`, without the sharing that a product with two accumulators does not do."""
+    config = layer.gate_up
+    if not gated or not isinstance(config, KernelConfig) or config.descriptors:
+        return layer  # Gate and up by descriptor are a pair, with one accumulator.
+    return replace(layer, gate_up=replace(config, split_k=1))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """One call, accounted for. Bytes are device memory traffic, each tensor counted once per pass.
@@ -178,7 +187,7 @@ def explain(
         )
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
-    layer = config or schedule(problem, machine)
+    layer = _as_run(config or schedule(problem, machine), activation.is_gated)
     e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
     if active_experts is None:
         active_experts = e * (1.0 - (1.0 - k / e) ** num_tokens)

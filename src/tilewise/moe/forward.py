@@ -136,8 +136,7 @@ def _repeat_or_record(
         *[None if t is None else (t.stride(), t.dtype) for t in tensors[7:10]],
         None if expert_map is None else (expert_map.shape, expert_map.dtype),
         *[address & 15 for address in addresses],
-        len(set(addresses)),
-        addresses[0] == addresses[1],
+        *map(addresses.index, addresses),  # Launches know tensors by address: which are one counts.
         0 if gate is None else addresses[5] - addresses[4],
         None if workspace is None else workspace.numel(),
         activation,
@@ -194,11 +193,7 @@ def _launch(
     sizes = buffer_sizes(problem, layer, target)
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=hidden_states.device)
-    if workspace.numel() < sum(sizes):
-        raise ValueError(
-            f"workspace has {workspace.numel()} bytes, this call needs {sum(sizes)}: "
-            "size it with tilewise.workspace_size()"
-        )
+    _check_size(workspace, sum(sizes))
     ints, act, rows, partials = carve(workspace, sizes, hidden_states.dtype)
     num_experts = up.shape[0] if expert_map is None else expert_map.shape[0]
     num_rows = num_tokens * top_k
@@ -233,6 +228,7 @@ def check_buffers(
     topk_ids: torch.Tensor,
     reduce: bool,
     batch_invariant: bool,
+    config: str,
 ) -> None:
     """Refuses an `out` or a `workspace` that a call on an accelerator would refuse."""
     if topk_ids.shape[0] == 0:
@@ -243,11 +239,16 @@ def check_buffers(
     _check_workspace(workspace, hidden_states.device)
     problem = problem_of(hidden_states, gate, up, down, topk_ids, reduce, batch_invariant)
     target = Target.probe(hidden_states.device)
-    need = sum(buffer_sizes(problem, schedule(problem, target), target))
+    # As `workspace_size` counts: whether the configuration can run is another machine's question.
+    layer = LayerConfig.from_json(config) if config else schedule(problem, target)
+    _check_size(workspace, sum(buffer_sizes(problem, layer, target)))
+
+
+def _check_size(workspace: torch.Tensor, need: int) -> None:
     if workspace.numel() < need:
         raise ValueError(
             f"workspace has {workspace.numel()} bytes, this call needs {need}: "
-            "size it with tilewise.workspace_size()"
+            "size it with tilewise.workspace_size() and this call's options"
         )
 
 

@@ -231,8 +231,9 @@ def _fused_experts_cpu(
 def _fused_experts_out_cpu(out: torch.Tensor, workspace: torch.Tensor | None, *args: Any) -> None:
     # The CPU needs no scratch memory, but what a GPU would refuse should not pass here.
     check_buffers(
-        out, workspace, *args[:4], topk_ids=args[15], reduce=args[22], batch_invariant=args[23]
-    )
+        out, workspace, *args[:4], topk_ids=args[15], reduce=args[22], batch_invariant=args[23],
+        config=args[24],
+    )  # fmt: skip
     _fused_experts_cpu(*args, out=out)  # type: ignore[misc]
 
 

@@ -22,7 +22,7 @@ def _padded(size: int) -> int:
 def plan_ints(num_assignments: int, num_local_experts: int) -> int:
     """int32 elements of a plan's buffer: sizes, offsets, gather, scatter, and counts of chunks."""
     experts = _padded(num_local_experts) + _padded(num_local_experts + 1)
-    counts = count_ints(num_assignments, num_local_experts)
+    counts = _padded(count_ints(num_assignments, num_local_experts))
     return experts + 2 * _padded(num_assignments) + counts
 
 
@@ -46,8 +46,9 @@ def carve_counts(
     buffer: torch.Tensor, num_assignments: int, num_local_experts: int
 ) -> torch.Tensor:
     """The counts' part of the same buffer."""
-    end = plan_ints(num_assignments, num_local_experts)
-    return buffer[end - count_ints(num_assignments, num_local_experts) : end]
+    size = count_ints(num_assignments, num_local_experts)
+    first = plan_ints(num_assignments, num_local_experts) - _padded(size)
+    return buffer[first : first + size]
 
 
 def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: int) -> Ragged:
