@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from bench import measure, report, warm
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS
-from bench.results import Results
+from bench.results import Results, read_named
 
 OUT = Path(__file__).parent / "results" / "h200_bf16_moe.json"
 
@@ -65,11 +65,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def print_report(arguments: Sequence[str]) -> None:
     """Prints every table of a results file as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m bench report")
-    parser.add_argument("file", type=Path, nargs="?", default=OUT)
-    results = Results(parser.parse_args(arguments).file)
-    if not results.rows:
-        parser.error(f"{results.path} holds no rows")
+    results = read_named("python -m bench report", arguments, OUT)
     print("\n\n".join(table.markdown() for table in report.full(results)))
     print("\n" + "\n".join(f"- {line}" for line in report.remarks(results)))
 
