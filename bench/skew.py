@@ -25,7 +25,7 @@ from bench.unseen import described, make_options, make_parser, run, warm_all
 SKEWED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")  # 64, 128 and 256 experts
 TOKENS = (128, 512, 2048, 8192)
 ROUTINGS = ("zipf2", "half", "one")
-PEERS = ("tilewise", "vllm", "triton_kernels", "sonic")
+PEERS = ("tilewise", "vllm", "triton_kernels", "sonic", "tritonmoe")
 TARGET_MS = 12.0
 OUT = Path(__file__).parent / "results" / "h200_bf16_skew.json"
 

@@ -42,6 +42,9 @@ LOADERS = {
     "triton_kernels": "bench.peers.triton_kernels_moe:load",
     "torch_gmm": "bench.peers.torch_gmm:load",
     "sonic": "bench.peers.sonic:load",
+    "deep_gemm": "bench.peers.deep_gemm_moe:load",
+    "deep_gemm_masked": "bench.peers.deep_gemm_moe:load_masked",
+    "tritonmoe": "bench.peers.tritonmoe:load",
     "hf": "bench.peers.hf:load",
 }
 AGAIN = "_again"
