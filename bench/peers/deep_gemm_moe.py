@@ -8,6 +8,7 @@ at a multiple of 128, ``deep_gemm_masked`` gives each expert room for every toke
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -155,7 +156,8 @@ def _load(*, masked: bool) -> Peer:
         return make_layer(w13, w2, products, align)
 
     notes = {"compiler": compiler, "around the products": "small Triton kernels of bench/peers"}
-    return Peer(prepare, f"DeepGEMM {deep_gemm.__version__}, as vendored in vLLM 0.24.0", notes)
+    version = f"DeepGEMM {deep_gemm.__version__}, as vendored in vLLM 0.24.0"
+    return Peer(prepare, version, notes, MASKED_TOKENS if masked else math.inf)
 
 
 # (rows [M, K], weights [E, N, K], out [M, N], layout, rows expected of an expert)
