@@ -186,7 +186,7 @@ def make_layer(w13: Tensor, w2: Tensor, product: Product, align: int) -> Layer:
         num_tokens, top_k = topk_ids.shape
         if not align and num_tokens > MASKED_TOKENS:
             raise ValueError(f"masked layout: {num_tokens} tokens, made for {MASKED_TOKENS}")
-        room = triton.cdiv(num_tokens, 64) * 64  # an expert is chosen once by a token
+        room = triton.cdiv(num_tokens, 128) * 128  # no tile may reach into the next expert
         layout, rows = rows_of(topk_ids, num_experts, align, room)
         padded = layout.numel() if align else num_experts * room
         expected = triton.cdiv(num_tokens * top_k, num_experts)
