@@ -1,4 +1,7 @@
-"""``python -m bench`` measures; ``python -m bench report FILE`` prints the tables of a file."""
+"""``python -m bench`` measures; ``python -m bench report FILE`` prints the tables of a file.
+
+``python -m bench --quick`` measures a few cells within a minute.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import machine, measure, report, warm
+from bench import machine, measure, quick, report, warm
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS
-from bench.results import Results
+from bench.results import Results, read_named
 
 OUT = Path(__file__).parent / "results" / "h200_bf16_moe.json"
 
@@ -32,7 +35,12 @@ def main(arguments: Sequence[str]) -> None:
 def run(arguments: Sequence[str]) -> None:
     """Measures what is pending, resuming the file where it stopped, and prints a summary."""
     start = time.monotonic()
-    namespace = _parser().parse_args(arguments)
+    parser = _parser()
+    if "--quick" in arguments:
+        parser.set_defaults(**quick.DEFAULTS)
+    namespace = parser.parse_args(arguments)
+    if namespace.quick and namespace.warm_jobs:
+        parser.error("--quick waits for no other processes: leave --warm-jobs out")
     machine.require_gpu()
     if namespace.peers_dir:
         os.environ["TILEWISE_PEERS"] = str(namespace.peers_dir)
@@ -48,29 +56,29 @@ def run(arguments: Sequence[str]) -> None:
     if namespace.warm_only:
         warm.warm(options)
         return
-    if namespace.warm_jobs:
-        warm.in_parallel(options, namespace.warm_jobs)
-    peers, missing = base.load(options.peers)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, reason in missing.items():
-        console.print(f"[yellow]missing peer {name}: {reason}", highlight=False)
-    results = Results(namespace.out)
-    measure.describe_run(options, results, peers, missing)
-    left = namespace.time_limit - (time.monotonic() - start)
-    _measure(replace(options, time_limit=left), results, peers, console)
+    with quick.limited(namespace.quick):
+        if namespace.warm_jobs:
+            warm.in_parallel(options, namespace.warm_jobs)
+        peers, missing = base.load(options.peers)
+        for name, reason in missing.items():
+            console.print(f"[yellow]missing peer {name}: {reason}", highlight=False)
+        results = Results(namespace.out)
+        measure.describe_run(options, results, peers, missing)
+        left = namespace.time_limit - (time.monotonic() - start)
+        _measure(replace(options, time_limit=left), results, peers, console)
+    results = Results(namespace.out)  # as saved, wherever a quick run was stopped
     for table in report.summary(results):
         console.print(table.rich())
     for line in report.remarks(results):
         console.print(line, highlight=False, markup=False)
+    if namespace.quick:
+        console.print(quick.remark(options, results), highlight=False, markup=False)
 
 
 def print_report(arguments: Sequence[str]) -> None:
     """Prints every table of a results file as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m bench report")
-    parser.add_argument("file", type=Path, nargs="?", default=OUT)
-    results = Results(parser.parse_args(arguments).file)
-    if not results.rows:
-        parser.error(f"{results.path} holds no rows")
+    results = read_named("python -m bench report", arguments, OUT)
     print("\n\n".join(table.markdown() for table in report.full(results)))
     print("\n" + "\n".join(f"- {line}" for line in report.remarks(results)))
 
@@ -108,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target-ms", type=float, default=measure.Options.target_ms)
     parser.add_argument("--max-replays", type=int, default=measure.Options.max_replays)
     parser.add_argument("--time-limit", type=float, default=measure.Options.time_limit, metavar="S")
+    parser.add_argument("--quick", action="store_true", help="a few cells within 60 s, all told")
     parser.add_argument("--warm-jobs", type=int, default=0, help="compile in this many processes")
     parser.add_argument("--warm-only", action="store_true", help="compile, measure nothing")
     return parser

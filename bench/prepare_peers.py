@@ -3,7 +3,8 @@
 Downloads the wheels with pip for that machine's Python, keeps what a fused MoE layer needs, drops
 the device code of other GPUs, and packs the rest into ``.peers/*.tar.xz.part*``.
 
-Command: ``python -m bench.prepare_peers base`` and, to be carried on its own, ``sonic``.
+Command: ``python -m bench.prepare_peers base`` and, each to be carried on its own, ``sonic``,
+``deepgemm`` and ``tritonmoe``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ class Wheel:
     place: Callable[[str], str | None] = lambda path: path
 
 
+@dataclass(frozen=True)
+class Checkout:
+    """One commit of a git repository and what to keep of it, for what has no wheel."""
+
+    url: str
+    commit: str
+    place: Callable[[str], str | None]
+
+    @property
+    def requirement(self) -> str:
+        """What the archive's manifest says."""
+        return f"{self.url}@{self.commit}"
+
+
 def _place_vllm(path: str) -> str | None:
     """Keeps Python, this GPU's tuned configurations and the two extensions with the MoE ops."""
     if path.startswith("vllm/third_party/triton_kernels/"):
@@ -48,11 +63,31 @@ def _place_vllm(path: str) -> str | None:
     return path if extension or tuned or path.endswith((".py", "dist-info/METADATA")) else None
 
 
+def _place_deep_gemm(path: str) -> str | None:
+    """Keeps DeepGEMM for this Python: its sources are compiled where it runs."""
+    extension = path.endswith(".so") and f"cpython-{PYTHON_VERSION.replace('.', '')}-" not in path
+    folder = "vllm/third_party/"
+    kept = path.startswith(f"{folder}deep_gemm/") and not extension
+    return path.removeprefix(folder) if kept else None
+
+
+def _place_cuda_headers(path: str) -> str | None:
+    """Keeps the headers that NVRTC needs, for a machine without nvcc."""
+    folder, _, header = path.partition("/include/")
+    kept = folder == "nvidia/cu13" and not header.startswith(("cccl/cub", "cccl/thrust"))
+    return f"{archive.CUDA_HEADERS}/include/{header}" if kept else None
+
+
+def _place_tritonmoe(path: str) -> str | None:
+    """Keeps the MoE kernels, in a folder of their own: another package has the same name."""
+    return f"{archive.TRITONMOE}/{path}" if path.startswith("triton_kernels/moe/") else None
+
+
 def _place_tvm_ffi(path: str) -> str | None:
     return None if "/3rdparty/" in path else path
 
 
-ARCHIVES = {
+ARCHIVES: dict[str, tuple[Wheel | Checkout, ...]] = {
     "base": (
         Wheel("vllm==0.24.0", _place_vllm),
         Wheel("pydantic==2.14.3"),
@@ -68,18 +103,33 @@ ARCHIVES = {
         Wheel("apache-tvm-ffi==0.1.9", _place_tvm_ffi),
         Wheel("torch-c-dlpack-ext==0.1.5"),
     ),
+    "deepgemm": (
+        Wheel("vllm==0.24.0", _place_deep_gemm),
+        # CUDA 13.0's, as torch 2.11 has it.
+        Wheel("nvidia-cuda-runtime==13.0.96", _place_cuda_headers),
+        Wheel("nvidia-cuda-cccl==13.0.85", _place_cuda_headers),
+        Wheel("nvidia-cuda-crt==13.0.88", _place_cuda_headers),
+    ),
+    "tritonmoe": (
+        Checkout(
+            "https://github.com/bassrehab/triton-kernels",
+            "7f19abd04e526076e2917defa67e6a67cb04c629",
+            _place_tritonmoe,
+        ),
+    ),
 }
 
 
-def prepare(name: str, wheels: tuple[Wheel, ...], downloads: Path) -> list[Path]:
+def prepare(name: str, sources: tuple[Wheel | Checkout, ...], downloads: Path) -> list[Path]:
     """Downloads, prunes and packs one archive; returns its parts."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for wheel in wheels:
-            _extract(_download(wheel.requirement, downloads), wheel.place, folder)
+        for source in sources:
+            fetch = _download if isinstance(source, Wheel) else _clone
+            _extract(fetch(source.requirement, downloads), source.place, folder)
         for library in folder.rglob("*.so"):
             _shrink(library)
-        manifest = {"archive": name, "wheels": [wheel.requirement for wheel in wheels]}
+        manifest = {"archive": name, "wheels": [source.requirement for source in sources]}
         (folder / f"{name}.manifest.json").write_text(json.dumps(manifest, indent=1))
         return archive.pack(folder, name)
 
@@ -97,6 +147,18 @@ def _download(requirement: str, downloads: Path) -> Path:
         ]
         subprocess.run(command, check=True)
     return next(downloads.glob(pattern))
+
+
+def _clone(requirement: str, downloads: Path) -> Path:
+    """Returns a zip of one commit; git's ``url.<base>.insteadOf`` names a mirror."""
+    url, _, commit = requirement.rpartition("@")
+    clone = downloads / f"{url.rpartition('/')[2]}.git"
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", "--bare", url, str(clone)], check=True)
+    contents = downloads / f"{clone.stem}-{commit}.zip"
+    command = ["git", "-C", str(clone), "archive", "--format=zip", "--output", str(contents)]
+    subprocess.run([*command, commit], check=True)
+    return contents
 
 
 def _extract(wheel: Path, place: Callable[[str], str | None], folder: Path) -> None:

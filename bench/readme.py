@@ -20,6 +20,7 @@ NAMES = {
     "triton_kernels": "triton_kernels 3.5.1",
     "torch_gmm": "torch grouped_mm",
     "sonic": "sonic-moe 0.1.2, default tile",
+    "deep_gemm": "DeepGEMM 2.5, bf16",
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,18 @@ class Results:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
         os.replace(partial, self.path)
+
+
+def read(parser: argparse.ArgumentParser, path: Path) -> Results:
+    """Returns a results file; ends the program where it holds nothing."""
+    results = Results(path)
+    if not results.rows:
+        parser.error(f"{path} holds no rows")
+    return results
+
+
+def read_named(prog: str, arguments: Sequence[str], default: Path) -> Results:
+    """Returns the results file named on the command line of a report."""
+    parser = argparse.ArgumentParser(prog=prog)
+    parser.add_argument("file", type=Path, nargs="?", default=default)
+    return read(parser, parser.parse_args(arguments).file)

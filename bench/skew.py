@@ -6,7 +6,6 @@ each peer, the cells lost, and how skewed each routing was.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ from torch import Tensor
 from bench import machine, protocol, report
 from bench.protocol import SHAPES, Inputs
 from bench.report import Table
-from bench.results import Results, Row
+from bench.results import Results, Row, read_named
 from bench.unseen import described, make_options, make_parser, run, warm_all
 
 SKEWED = ("olmoe-1b-7b", "qwen3-30b-a3b", "deepseek-v3")  # 64, 128 and 256 experts
 TOKENS = (128, 512, 2048, 8192)
 ROUTINGS = ("zipf2", "half", "one")
-PEERS = ("tilewise", "vllm", "triton_kernels", "sonic")
+PEERS = ("tilewise", "vllm", "triton_kernels", "sonic", "tritonmoe")
 TARGET_MS = 12.0
 OUT = Path(__file__).parent / "results" / "h200_bf16_skew.json"
 
@@ -56,11 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def print_report(arguments: Sequence[str]) -> None:
     """Prints every table of a results file as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m bench.skew report")
-    parser.add_argument("file", type=Path, nargs="?", default=OUT)
-    results = Results(parser.parse_args(arguments).file)
-    if not results.rows:
-        parser.error(f"{results.path} holds no rows")
+    results = read_named("python -m bench.skew report", arguments, OUT)
     print("\n\n".join(table.markdown() for table in tables(results.rows)) + "\n")
     print("\n".join(f"- {line}" for line in report.remarks(results)))
 

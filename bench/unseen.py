@@ -23,7 +23,7 @@ from bench import machine, measure, report, warm
 from bench.peers import base
 from bench.protocol import ROUTINGS, SHAPES, TOKENS, Shape
 from bench.report import OURS, Table, best_rival, geomean, speedup
-from bench.results import Cell, Results, Row, cell_of
+from bench.results import Cell, Results, Row, cell_of, read
 
 UNSEEN_SHAPES = {
     "phi-3.5-moe": Shape(16, 2, 4096, 6400),
@@ -73,10 +73,7 @@ def print_report(arguments: Sequence[str]) -> None:
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
     parser.add_argument("--tuned", type=Path, default=TUNED, help="a file of the listed cells")
     chosen = parser.parse_args(arguments)
-    results, tuned = Results(chosen.file), Results(chosen.tuned)
-    for each in (results, tuned):
-        if not each.rows:
-            parser.error(f"{each.path} holds no rows")
+    results, tuned = read(parser, chosen.file), read(parser, chosen.tuned)
     tables = full(results.rows, tuned.rows)
     print("\n\n".join(table.markdown() for table in tables) + "\n")
     lines = [*report.remarks(results), *differences(results.rows, tuned.rows)]

@@ -32,7 +32,7 @@ NEEDS = {
     "test-gpu": {**RUN, "pytest": "8.3"},
     "test": {**RUN, "pytest": "8.3"},
     "lint": {**RUN, "ruff": "0.17", "mypy": "2.4"},
-    "bench": {"torch": "2.9", "triton": "3.6", "rich": "13.7"},
+    "bench": {"torch": "2.9", "triton": "3.6", "typer": "0.15", "rich": "13.7"},
     "triton-newest": {"triton": "3.9", "pytest": "8.3"},
 }
 NEWEST_TRITON = "triton==3.9.0"

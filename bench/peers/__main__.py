@@ -40,7 +40,7 @@ def _try(peer: base.Peer) -> str:
     w13, w2 = protocol.make_weights(TRIAL)
     layer = peer.prepare(w13, w2)
     errors = []
-    for num_tokens in (1, 33, 1024):
+    for num_tokens in (tokens for tokens in (1, 33, 1024) if tokens <= peer.max_tokens):
         (inputs, *_), _ = protocol.build_sets("zipf", num_tokens, TRIAL)
         captured = protocol.capture([partial(layer, *inputs)])
         reference = make_reference(*inputs, w13, w2)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 ARCHIVES = Path(__file__).resolve().parents[2] / ".peers"
 PART_BYTES = 56 * 2**20
+# Folders of an archive that hold no package by their own name.
+CUDA_HEADERS = "cuda_headers"
+TRITONMOE = "tritonmoe"
 
 
 def default_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import site
 import sys
@@ -26,11 +27,13 @@ class Peer:
         prepare: Lays the weights out as the peer wants them.
         version: What the results file says was measured.
         notes: Anything a reader of the numbers must know.
+        max_tokens: Of a call; it refuses larger ones.
     """
 
     prepare: Prepare
     version: str
     notes: dict[str, str] = field(default_factory=dict)
+    max_tokens: float = math.inf
 
 
 # Name -> "module:function"; the function returns the Peer or raises, and the error is the reason.
@@ -42,6 +45,9 @@ LOADERS = {
     "triton_kernels": "bench.peers.triton_kernels_moe:load",
     "torch_gmm": "bench.peers.torch_gmm:load",
     "sonic": "bench.peers.sonic:load",
+    "deep_gemm": "bench.peers.deep_gemm_moe:load",
+    "deep_gemm_masked": "bench.peers.deep_gemm_moe:load_masked",
+    "tritonmoe": "bench.peers.tritonmoe:load",
     "hf": "bench.peers.hf:load",
 }
 AGAIN = "_again"

@@ -10,12 +10,13 @@ import struct
 import sys
 import time
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from bench import batch_invariant, fatbin, machine, measure, protocol, report
+import bench
+from bench import batch_invariant, fatbin, machine, measure, protocol, quick, report
 from bench.__main__ import main
 from bench.accuracy import make_reference
 from bench.peers import archive, base, stubs
@@ -23,6 +24,13 @@ from bench.protocol import ROUTINGS, SHAPES, TOKENS, Captured, Shape
 from bench.results import Results
 
 TINY = Shape(8, 2, 32, 16)
+
+
+@dataclass(frozen=True)
+class OnCpu(measure.Options):
+    device: str = "cpu"
+
+
 HERE = {"hardware": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
 
 
@@ -307,6 +315,41 @@ class TestMeasure:
         monkeypatch.setattr(machine, "describe", lambda: HERE | {"hardware": "another"})
         with pytest.raises(ValueError, match="another file"):
             self._run(cpu, tmp_path / "r.json")
+
+    @pytest.fixture
+    def quick_run(self, cpu, monkeypatch, tmp_path, capsys):
+        """Runs `python -m bench --quick` on the CPU, with so many seconds left."""
+        monkeypatch.setattr(machine, "require_gpu", lambda: None)
+        monkeypatch.setattr(measure, "Options", OnCpu)
+        monkeypatch.setattr(quick, "OUT", tmp_path / "quick.json")
+        defaults = quick.DEFAULTS | {"shapes": ["tiny"], "tokens": [1, 5], "peers": ["right"]}
+        monkeypatch.setattr(quick, "DEFAULTS", defaults | {"out": quick.OUT})
+
+        def run(seconds):
+            monkeypatch.setattr(bench, "STARTED", time.monotonic() - quick.SECONDS + seconds)
+            main(["--quick"])
+            return Results(quick.OUT).rows, " ".join(capsys.readouterr().out.split())
+
+        return run
+
+    def test_a_quick_run_is_a_few_cells(self, quick_run):
+        quick.OUT.write_text("of an earlier run")
+        rows, printed = quick_run(30.0)
+        assert [(row["T"], row["routing"]) for row in rows] == [(1, "uniform"), (5, "uniform")]
+        assert "--quick: 2 cells in" in printed and "all its cells are done" in printed
+        assert "The whole run has 168 cells" in printed
+
+    def test_a_quick_run_leaves_out_what_takes_too_long(self, quick_run, monkeypatch):
+        monkeypatch.setattr(measure, "_time", lambda captured, options: time.sleep(60))
+        start = time.monotonic()
+        rows, printed = quick_run(0.5)
+        assert rows == [] and time.monotonic() - start < 20
+        assert "no time was left for 2 cells: tiny T=1 uniform, tiny T=5 uniform" in printed
+
+    def test_a_quick_run_waits_for_no_other_processes(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--quick", "--warm-jobs", "2"])
+        assert "--warm-jobs" in capsys.readouterr().err
 
     def test_what_is_too_fast_or_inexact_is_flagged(self):
         entry = measure._judge({"err": 0.004}, [9.0, 11.0, 10.0], limit=12.0, err_bf16=0.004)

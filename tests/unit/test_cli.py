@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 import tilewise
-from tilewise.cli import app
+from tilewise.cli import app, limit
 from tilewise.cli import bench as bench_module
 from tilewise.cli import doctor as doctor_module
 from tilewise.target import CATALOGUE, CPU, Target
@@ -217,6 +218,53 @@ def test_bench_on_a_cpu(tmp_path: Path) -> None:
         assert row["peers"]["tilewise"]["us"] > 0
     again = RUNNER.invoke(app, ["bench", "--from", str(out)])
     assert again.exit_code == 0 and "mixtral-8x7b (tiny)" in again.output
+
+
+def test_quick_bench_is_a_few_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench.time, "process_time", lambda: 0.0)
+    out = tmp_path / "r.json"
+    command = ["bench", "--quick", "--device", "cpu", "--peers", "torch", "--out", str(out)]
+    result = RUNNER.invoke(app, command)
+    assert result.exit_code == 0 and "left out" not in result.output, result.output
+    written = json.loads(out.read_text())
+    assert [row["T"] for row in written["rows"]] == [1, 32] and "left_out" not in written["meta"]
+    assert all(len(row["peers"]["torch"]["us_rounds"]) == 1 for row in written["rows"])
+
+
+def test_quick_bench_stops_and_says_what_it_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def slow(gate_up: torch.Tensor, down: torch.Tensor) -> Any:
+        def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            try:
+                bench.time.sleep(60 if len(x) > 1 else 0)
+            except Exception as error:
+                raise AssertionError("taken for a failure of the peer") from error
+            return torch.zeros_like(x)
+
+        return layer
+
+    monkeypatch.setattr(bench.time, "process_time", lambda: bench.QUICK_SECONDS - 1.5)
+    monkeypatch.setitem(bench.PEERS, "torch", slow)
+    out = tmp_path / "r.json"
+    command = ["bench", "--quick", "--device", "cpu", "--peers", "torch", "--out", str(out)]
+    start = bench.time.monotonic()
+    result = RUNNER.invoke(app, [*command, "--charts", str(tmp_path)])
+    assert result.exit_code == 0 and bench.time.monotonic() - start < 20
+    assert "left out, the time is over: qwen3-30b-a3b (tiny) 32 uniform" in result.output
+    written = json.loads(out.read_text())
+    assert written["meta"]["left_out"] == ["qwen3-30b-a3b (tiny) 32 uniform"]
+    assert [row["T"] for row in written["rows"]] == [1]
+
+
+def test_no_limit_leaves_the_alarm_alone() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    with limit.time_limit(math.inf):
+        assert signal.getsignal(signal.SIGALRM) is before
+    with pytest.raises(limit.OutOfTime), limit.time_limit(-1.0):
+        bench.time.sleep(5)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_bench_times_no_wrong_peer(monkeypatch: pytest.MonkeyPatch) -> None:

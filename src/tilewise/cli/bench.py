@@ -7,6 +7,7 @@ all take turns. Files have the rows of the repository's bench/results/, and `--f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -30,11 +31,14 @@ from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
 from ..target import Target
 from .device import checked_device
+from .limit import OutOfTime, time_limit
 from .results import read_results
 from .tokens import parse_tokens
 
 ROUTINGS = ("uniform", "zipf", "hot")
 REPLAY_BYTES = 200e6  # Active weights of one replay: well past any L2.
+TOKENS, QUICK_TOKENS = "1,8,64,512,4096", "1,64,4096"
+QUICK_SECONDS = 58.0  # Two more to print in.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # On a CPU every layer shrinks to this, whatever its name: a check that the command works.
 TINY = MoEShape(16, 4, 256, 128)
@@ -48,11 +52,14 @@ def bench(
     models: Annotated[
         list[str] | None, typer.Argument(help='By name, or a shard: "deepseek-v3@tp8".')
     ] = None,
-    tokens: str = typer.Option("1,8,64,512,4096", help="Token counts: integers, with commas."),
+    tokens: str = typer.Option(TOKENS, help="Token counts: integers, with commas."),
     routings: str = typer.Option("uniform", help=f"Of {', '.join(ROUTINGS)}."),
     dtype: str = typer.Option("bf16", help='"bf16" or "fp16".'),
     peers: str = typer.Option("", help="Of vllm, torch, transformers; all that import if empty."),
     rounds: int = typer.Option(3, min=1, help="Rounds in which all take turns."),
+    quick: bool = typer.Option(
+        False, "--quick", help=f"At most 60 s: {QUICK_TOKENS} tokens, one round; says what is left."
+    ),
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, writable=True, help="Write the results as JSON.")
     ] = None,
@@ -85,10 +92,14 @@ def bench(
                 "[yellow]No GPU: a tiny layer in plain torch runs in place of each model. These "
                 "times mean nothing; they show that the command works."
             )
+        seconds = math.inf
+        if quick:
+            tokens, rounds = QUICK_TOKENS if tokens == TOKENS else tokens, 1
+            seconds = QUICK_SECONDS - time.process_time()  # What the imports have taken.
         cells = _cells(models or ["qwen3-30b-a3b"], tokens, routings, device == "cpu")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}")
-        results = measure(console, cells, DTYPES[dtype], peers, rounds, device)
+        results = measure(console, cells, DTYPES[dtype], peers, rounds, device, seconds)
     rows = results["rows"]
     console.print(table(rows))
     if device == "cpu":
@@ -96,7 +107,7 @@ def bench(
     if out is not None:
         out.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"wrote {out}", highlight=False)
-    if charts is not None:
+    if charts is not None and rows:
         for path in draw(results, charts):
             console.print(f"wrote {path}", highlight=False)
 
@@ -355,16 +366,47 @@ def measure(
     peers: str,
     rounds: int,
     device: str,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Runs every cell; returns {"meta": ..., "rows": ...} as in bench/results/."""
+    """Runs every cell for at most so long; returns {"meta": ..., "rows": ...} as bench/results/."""
     import triton
 
     from .. import __version__
 
-    target, makers = Target.probe(device), _chosen(peers)
+    target = Target.probe(device)
     rows: list[Row] = []
-    layers: dict[str, Layer] = {}
     failed: dict[str, str] = {}
+    with contextlib.suppress(OutOfTime), time_limit(seconds):
+        for row in _rows(console, cells, dtype, peers, rounds, device, failed):
+            rows.append(row)
+    for peer, reason in failed.items():
+        console.print(f"[yellow]{peer}: {reason}", highlight=False)
+    left = [f"{name} {tokens} {routing}" for name, _, tokens, routing in cells[len(rows) :]]
+    if left:
+        console.print(f"[yellow]left out, the time is over: {', '.join(left)}", highlight=False)
+    cpu = target.backend == "cpu"
+    meta = {
+        "hardware": f"{platform.machine()} CPU" if cpu else torch.cuda.get_device_name(device),
+        "arch": target.arch, "torch": torch.__version__, "triton": triton.__version__,
+        "tilewise": __version__, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds,
+        "floors": f"nominal: {target.memory_gbs:g} GB/s, {target.bf16_tflops:g} TFLOP/s",
+        "meaningless": cpu,
+    }  # fmt: skip
+    return {"meta": meta | ({"left_out": left} if left else {}), "rows": rows}
+
+
+def _rows(
+    console: Console,
+    cells: Sequence[tuple[str, MoEShape, int, str]],
+    dtype: torch.dtype,
+    peers: str,
+    rounds: int,
+    device: str,
+    failed: dict[str, str],
+) -> Iterator[Row]:
+    """Measures the cells one by one; `failed` gets the reason of each peer that did not run."""
+    target, makers = Target.probe(device), _chosen(peers)
+    layers: dict[str, Layer] = {}
     at: tuple[str, MoEShape] | None = None
     for name, shape, tokens, routing in _progress(console, cells):
         if at != (name, shape):
@@ -400,18 +442,7 @@ def measure(
                 row["peers"][peer]["us_rounds"].append(calls.microseconds())
         for peer in timed:
             row["peers"][peer]["us"] = statistics.median(row["peers"][peer]["us_rounds"])
-        rows.append(row)
-    for peer, reason in failed.items():
-        console.print(f"[yellow]{peer}: {reason}", highlight=False)
-    cpu = target.backend == "cpu"
-    meta = {
-        "hardware": f"{platform.machine()} CPU" if cpu else torch.cuda.get_device_name(device),
-        "arch": target.arch, "torch": torch.__version__, "triton": triton.__version__,
-        "tilewise": __version__, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds,
-        "floors": f"nominal: {target.memory_gbs:g} GB/s, {target.bf16_tflops:g} TFLOP/s",
-        "meaningless": cpu,
-    }  # fmt: skip
-    return {"meta": meta, "rows": rows}
+        yield row
 
 
 def _progress(
