@@ -13,7 +13,16 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.10")
 
-from tests.integrations.test_transformers import inputs, make_experts, own_code  # noqa: E402
+from tests.integrations.test_transformers import (  # noqa: E402
+    activation_with_a_hook,
+    activation_with_a_pre_hook,
+    activation_with_another_forward,
+    inputs,
+    make_experts,
+    own_code,
+    post_expert_norm,
+    subclassed_activation,
+)
 from tilewise.integrations import transformers as integration  # noqa: E402
 
 HUB = Path(__file__).resolve().parents[2] / "hub" / "layers.py"
@@ -84,35 +93,8 @@ def test_most_classes_are_covered(forward: Any) -> None:
     assert len(names) >= 30 and made >= 0.8 * len(names) and served >= 0.5 * len(names)
 
 
-def doubled(experts: Any) -> None:
-    class Doubled(torch.nn.SiLU):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
-    experts.act_fn = Doubled()
-
-
-def other_forward(experts: Any) -> None:
-    experts.act_fn = torch.nn.SiLU()
-    experts.act_fn.forward = lambda x: 0 * x
-
-
-def hook(experts: Any) -> None:
-    experts.act_fn = torch.nn.SiLU()
-    experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
-
-
-def pre_hook(experts: Any) -> None:
-    experts.act_fn = torch.nn.SiLU()
-    experts.act_fn.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-
-
 def own_gate(experts: Any) -> None:
     experts._apply_gate = lambda rows: rows[..., :24]
-
-
-def post_norm(experts: Any) -> None:
-    experts.has_post_expert_norm = True
 
 
 def no_gate(experts: Any) -> None:
@@ -124,8 +106,12 @@ def bias(experts: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [doubled, other_forward, hook, pre_hook, own_gate, post_norm, no_gate, bias]
-)
+    "change",
+    [
+        subclassed_activation, activation_with_another_forward, activation_with_a_hook,
+        activation_with_a_pre_hook, own_gate, post_expert_norm, no_gate, bias,
+    ],
+)  # fmt: skip
 def test_changed_modules_are_refused(forward: Any, change: Any) -> None:
     experts = make_experts("qwen3_moe.Qwen3MoeExperts")
     assert not refused(forward, experts)

@@ -22,7 +22,9 @@ from bench.accuracy import make_reference
 from bench.peers import archive, base, stubs
 from bench.protocol import ROUTINGS, SHAPES, TOKENS, Captured, Shape
 from bench.results import Results
+from bench.unseen import UNSEEN_SHAPES
 
+ALL_SHAPES = SHAPES | UNSEEN_SHAPES
 TINY = Shape(8, 2, 32, 16)
 
 
@@ -45,7 +47,7 @@ def one_thread():
 
 def make_row(shape="qwen2-moe-57b", tokens=8, routing="uniform", **us):
     peers = {name: {"us": t, "us_rounds": [t] * 3, "err": 0.004} for name, t in us.items()}
-    sizes = dict(zip(("E", "topk", "H", "I"), SHAPES[shape], strict=True))
+    sizes = dict(zip(("E", "topk", "H", "I"), ALL_SHAPES[shape], strict=True))
     return {
         "shape": shape,
         "T": tokens,
@@ -53,6 +55,39 @@ def make_row(shape="qwen2-moe-57b", tokens=8, routing="uniform", **us):
         "floor_us": 100.0,
         "peers": peers,
     } | sizes
+
+
+def exact_layer(w13, w2):
+    """What a peer that is exact prepares."""
+
+    def layer(x, ids, weights):
+        every = make_reference(x, ids, weights, w13, w2, max_tokens=len(x))
+        return every.expected.to(x.dtype)
+
+    return layer
+
+
+def time_nothing(monkeypatch):
+    """A machine without a GPU, on which every call takes 50 us."""
+    monkeypatch.setattr(machine, "require_gpu", lambda: None)
+    monkeypatch.setattr(protocol, "REPLAY_BYTES", 1.0)
+    monkeypatch.setattr(machine, "describe", lambda: dict(HERE))
+    monkeypatch.setattr(machine, "ceilings", lambda: {"copy_GBs": 1.0, "bf16_TFLOPs": 1.0})
+    monkeypatch.setattr(
+        protocol, "capture", lambda calls: Captured(None, [call() for call in calls])
+    )
+    monkeypatch.setattr(
+        protocol, "paired_us", lambda peers, rounds, **_: {n: [50.0] * rounds for n in peers}
+    )
+
+
+def assert_is_routing(ids, weights, tokens, experts, top_k):
+    """Experts that are distinct within a token, and weights that sum to one."""
+    assert ids.shape == weights.shape == (tokens, top_k)
+    assert ids.dtype == torch.int32 and ids.is_contiguous()
+    assert ids.min() >= 0 and ids.max() < experts
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(tokens))
 
 
 class TestProtocol:
@@ -83,11 +118,7 @@ class TestProtocol:
     def test_routing_is_distinct_per_token_and_sums_to_one(self, kind, tokens, experts, top_k):
         gen = torch.Generator().manual_seed(0)
         ids, weights = protocol.make_routing(kind, tokens, experts, top_k, gen)
-        assert ids.shape == weights.shape == (tokens, top_k)
-        assert ids.dtype == torch.int32 and ids.is_contiguous()
-        assert ids.min() >= 0 and ids.max() < experts
-        assert all(len(set(row)) == top_k for row in ids.tolist())
-        torch.testing.assert_close(weights.sum(-1), torch.ones(tokens))
+        assert_is_routing(ids, weights, tokens, experts, top_k)
         if kind == "hot":
             assert (ids == ids[0]).all()
 
@@ -233,17 +264,9 @@ class TestMeasure:
         """One tiny shape, timers that count calls, and two peers of which one cannot run."""
         monkeypatch.setattr(protocol, "SHAPES", {"tiny": TINY})
         monkeypatch.setattr(measure, "SHAPES", {"tiny": TINY})
-        monkeypatch.setattr(protocol, "REPLAY_BYTES", 1.0)
-        monkeypatch.setattr(machine, "describe", lambda: dict(HERE))
-        monkeypatch.setattr(machine, "ceilings", lambda: {"copy_GBs": 1.0, "bf16_TFLOPs": 1.0})
-        monkeypatch.setattr(
-            protocol, "capture", lambda calls: Captured(None, [call() for call in calls])
-        )
-        monkeypatch.setattr(
-            protocol, "paired_us", lambda peers, rounds, **_: {n: [50.0] * rounds for n in peers}
-        )
+        time_nothing(monkeypatch)
         module = types.ModuleType("bench_test_peers")
-        module.right = lambda: base.Peer(self._prepare, "1.0")
+        module.right = lambda: base.Peer(exact_layer, "1.0")
         module.broken = lambda: base.Peer(lambda w13, w2: self._raise, "1.0")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(base.LOADERS, "right", "bench_test_peers:right")
@@ -251,14 +274,6 @@ class TestMeasure:
         return measure.Options(
             shapes=("tiny",), tokens=(1, 5), peers=("right", "right_again", "broken"), device="cpu"
         )
-
-    @staticmethod
-    def _prepare(w13, w2):
-        def layer(x, ids, weights):
-            every = make_reference(x, ids, weights, w13, w2, max_tokens=len(x))
-            return every.expected.to(x.dtype)
-
-        return layer
 
     @staticmethod
     def _raise(*_, **__):
@@ -319,7 +334,6 @@ class TestMeasure:
     @pytest.fixture
     def quick_run(self, cpu, monkeypatch, tmp_path, capsys):
         """Runs `python -m bench --quick` on the CPU, with so many seconds left."""
-        monkeypatch.setattr(machine, "require_gpu", lambda: None)
         monkeypatch.setattr(measure, "Options", OnCpu)
         monkeypatch.setattr(quick, "OUT", tmp_path / "quick.json")
         defaults = quick.DEFAULTS | {"shapes": ["tiny"], "tokens": [1, 5], "peers": ["right"]}

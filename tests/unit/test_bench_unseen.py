@@ -10,63 +10,42 @@ import types
 import pytest
 import torch
 
-from bench import machine, measure, protocol, skew, unseen
+from bench import measure, protocol, skew, unseen
 from bench.peers import base
-from bench.protocol import SHAPES, TOKENS, Captured, Shape
+from bench.protocol import SHAPES, TOKENS, Shape
 from bench.results import Results
+from tests.unit import test_bench
+from tests.unit.test_bench import (
+    HERE,
+    assert_is_routing,
+    exact_layer,
+    one_thread,  # noqa: F401
+    time_nothing,
+)
 
-HERE = {"hardware": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
-ALL = SHAPES | unseen.UNSEEN_SHAPES
 TINY = Shape(16, 3, 32, 16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small to share among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def cpu(monkeypatch):
     """Tiny shapes, a timer that counts nothing, and a peer ``tilewise`` that is exact."""
 
-    def capture(calls):
-        return Captured(None, [call() for call in calls])
-
-    def prepare(w13, w2):
-        def layer(x, ids, weights):
-            reference = measure.make_reference(x, ids, weights, w13, w2, max_tokens=len(x))
-            return reference.expected.to(x.dtype)
-
-        return layer
-
     def load(names):
-        return {"tilewise": base.Peer(prepare, "1.0")}, {n: "no" for n in names if n != "tilewise"}
+        return {"tilewise": base.Peer(exact_layer, "1.0")}, {
+            n: "no" for n in names if n != "tilewise"
+        }
 
     for name in SHAPES:
         monkeypatch.setitem(SHAPES, name, TINY)
     monkeypatch.setattr(unseen, "UNSEEN_SHAPES", {"other": TINY})
-    monkeypatch.setattr(protocol, "REPLAY_BYTES", 1.0)
-    monkeypatch.setattr(protocol, "capture", capture)
-    monkeypatch.setattr(
-        protocol, "paired_us", lambda peers, rounds, **_: {n: [50.0] * rounds for n in peers}
-    )
-    monkeypatch.setattr(machine, "require_gpu", lambda: None)
-    monkeypatch.setattr(machine, "describe", lambda: dict(HERE))
-    monkeypatch.setattr(machine, "ceilings", lambda: {"copy_GBs": 1.0, "bf16_TFLOPs": 1.0})
+    time_nothing(monkeypatch)
     monkeypatch.setattr(base, "load", load)
     options = measure.Options
     monkeypatch.setattr(measure, "Options", lambda **given: options(**given, device="cpu"))
 
 
 def make_row(shape, tokens, routing="uniform", **us):
-    sizes = dict(zip(("E", "topk", "H", "I"), ALL[shape], strict=True))
-    peers = {n: {"us": t, "us_rounds": [t] * 3, "err": 0.004} for n, t in us.items()}
-    row = {"shape": shape, "T": tokens, "routing": routing, "floor_us": 100.0, "active": 8.0}
-    return row | {"peers": peers} | sizes | HERE
+    return test_bench.make_row(shape, tokens, routing, **us) | {"active": 8.0} | HERE
 
 
 def write(path, rows):
@@ -85,11 +64,7 @@ class TestRoutings:
     def test_distinct_per_token_and_sums_to_one(self, kind, tokens, experts, top_k):
         gen = torch.Generator().manual_seed(0)
         ids, weights = skew.make_routing(kind, tokens, experts, top_k, gen)
-        assert ids.shape == weights.shape == (tokens, top_k)
-        assert ids.dtype == torch.int32 and ids.is_contiguous()
-        assert ids.min() >= 0 and ids.max() < experts
-        assert all(len(set(row)) == top_k for row in ids.tolist())
-        torch.testing.assert_close(weights.sum(-1), torch.ones(tokens))
+        assert_is_routing(ids, weights, tokens, experts, top_k)
 
     @staticmethod
     def _facts(kind, tokens=8192, experts=128, top_k=8):
