@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # Decisions count tiles without torch.
+    import torch
 
 
 def max_tiles(num_rows: int, num_segments: int, block: int) -> int:

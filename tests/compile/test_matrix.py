@@ -46,7 +46,14 @@ def precision(dtype: str, arch: str) -> str:
 
 
 def grouped_arguments(
-    shape: str, stage: str, dtype: str, arch: str, cfg: Any, kind: str, extras: bool
+    shape: str,
+    stage: str,
+    dtype: str,
+    arch: str,
+    cfg: Any,
+    kind: str,
+    extras: bool,
+    bounded: bool = False,
 ) -> dict[str, Any]:
     problem = gemm(shape, 8, stage, dtype)
     dependent = target_module.Target.from_arch(arch).dependent_launch
@@ -76,6 +83,7 @@ def grouped_arguments(
         "gather_ptr": "*i32", "row_weights_ptr": "*fp32!", "partials_ptr": "*fp32!",
         "counters_ptr": "*i32!",
         "num_segments": "i32", "num_programs": "i32", "N": size, "K": size, "top_k": "i32",
+        "more_than": "i32", "at_most": "i32",
         "stride_xm": size, "stride_xk": 1, "stride_ge": size, "stride_gn": size,
         "stride_gk": 1, "stride_ue": size, "stride_un": size, "stride_uk": 1,
         "stride_gbe": size, "stride_gbn": 1, "stride_ube": size, "stride_ubn": 1,
@@ -91,7 +99,7 @@ def grouped_arguments(
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
         # Two accumulators are never split.
         "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,
-        "DEPENDENT": dependent,
+        "DEPENDENT": dependent, "BOUNDED": bounded,
         "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,

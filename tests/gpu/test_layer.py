@@ -11,7 +11,7 @@ import torch
 import tilewise
 from tests import cases
 from tilewise import ExpertWeights, MoEShape
-from tilewise.dispatch.config import KernelConfig
+from tilewise.dispatch.config import FewActive, KernelConfig
 from tilewise.moe.activation import KINDS, Activation
 from tilewise.moe.forward import OVERLAP_ROWS
 from tilewise.moe.schedule import LayerProblem, schedule
@@ -80,6 +80,31 @@ def test_graph_replays_with_other_routings(num_tokens: int) -> None:
         cases.assert_within(
             out, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
         )
+
+
+def test_the_sizes_choose_inside_a_graph() -> None:
+    """The same bits as by the configuration that the routing calls for, without a sync."""
+    plain = KernelConfig(64, 64, 64, descriptors=True)
+    other = KernelConfig(16, 64, 64, descriptors=True, split_k=4)
+    both = tilewise.LayerConfig("grouped", plain, plain, FewActive(other, 8), FewActive(other, 8))
+    case = cases.Case("few", 100, 64, 4, 512, 256)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    call(case, inputs, config=both)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(case, inputs, config=both)
+    for seed, (routing, alone) in enumerate(
+        {"uniform": plain, "hot": other, "zipf": plain}.items()
+    ):
+        fresh = cases.make_inputs(replace(case, routing=routing), torch.bfloat16, "cuda", seed + 1)
+        inputs.hidden_states.copy_(fresh.hidden_states)
+        inputs.topk_ids.copy_(fresh.topk_ids)
+        inputs.topk_weights.copy_(fresh.topk_weights)
+        out.fill_(torch.nan)
+        graph.replay()
+        wanted = call(case, inputs, config=tilewise.LayerConfig("grouped", alone, alone))
+        assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 700])

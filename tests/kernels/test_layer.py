@@ -10,7 +10,7 @@ import torch
 
 from tests import cases
 from tests.kernels.harness import DEVICE, INTERPRETED, run_layer
-from tilewise.dispatch.config import KernelConfig, StreamConfig
+from tilewise.dispatch.config import FewActive, KernelConfig, StreamConfig
 from tilewise.moe import plan
 from tilewise.moe.forward import problem_of
 from tilewise.moe.schedule import LayerConfig
@@ -87,6 +87,18 @@ def test_variants(name: str, sizes: tuple[int, int]) -> None:
     config = VARIANTS[name]
     for dtype in (torch.bfloat16, torch.float32):
         check(case, dtype, LayerConfig("grouped", config, config))
+
+
+@pytest.mark.parametrize("routing", ["uniform", "hot", "one_expert", "all_sentinels"])
+def test_the_sizes_choose_between_two_configurations(routing: str) -> None:
+    """Both are launched and one works, whichever it is: a plain and a persistent kernel, a split."""
+    case = cases.Case("few", 29, 6, 2, 96, 64, bias=True, routing=routing)
+    config = LayerConfig(
+        "grouped", VARIANTS["swapped"], VARIANTS["persistent"],
+        FewActive(VARIANTS["tall"], 2), FewActive(VARIANTS["split_swapped"], 2),
+    )  # fmt: skip
+    assert LayerConfig.from_json(config.to_json()) == config
+    check(case, torch.float32, config)
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

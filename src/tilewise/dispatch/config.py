@@ -134,6 +134,26 @@ _NAME = re.compile(
 
 
 @dataclass(frozen=True)
+class FewActive:
+    """Another configuration of a product for few active segments; the device chooses.
+
+    Both are launched, and the programs of one of them leave at once (RaMP chooses on the host and
+    waits for it; DA-MoE, arXiv 2607.23099, by a node of a CUDA graph).
+
+    Attributes:
+        config: what runs if at most `up_to` segments have rows.
+        up_to: at least 1.
+    """
+
+    config: KernelConfig
+    up_to: int
+
+    def __post_init__(self) -> None:
+        if self.up_to < 1:
+            raise ValueError(f"up_to={self.up_to} must be at least 1")
+
+
+@dataclass(frozen=True)
 class GroupedGemm:
     """A grouped GEMM described by its grid, without knowing what the segments are.
 

@@ -10,14 +10,18 @@ import functools
 import math
 from dataclasses import replace
 
+from ..ragged import max_tiles
 from ..target import Target
-from .config import GroupedGemm, KernelConfig
+from .config import FewActive, GroupedGemm, KernelConfig
 from .histogram import FAMILIES, expected_sizes
 from .rules import rule
 from .table import StageTable, stage_table
 
 WORST = 0.2  # Weight of the worst family beside the mean over all of them.
 MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err.
+GAIN = 0.015  # A second launch must gain this much over the families' mean,
+LOSS = 0.01  # and cost no family more than this.
+IDLE_US, IDLE_US_PROGRAM = 1.2, 0.0006  # Of a launch whose programs leave, on an H200.
 FEWEST = 4  # Tokens; costs were fitted from here on.
 STEPS = 4  # Buckets an octave of tokens.
 
@@ -52,9 +56,13 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """
     if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
         return rule(gemm, target)
+    return _robust(_bucketed(gemm), target)
+
+
+def _bucketed(gemm: GroupedGemm) -> GroupedGemm:
     tokens = bucket(gemm.max_segment_rows)
     top_k = -(-gemm.max_rows // gemm.max_segment_rows)
-    return _robust(replace(gemm, max_rows=tokens * top_k, max_segment_rows=tokens), target)
+    return replace(gemm, max_rows=tokens * top_k, max_segment_rows=tokens)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -89,3 +97,53 @@ def robust_scores(
         config: sum(values) / len(values) + WORST * max(values)
         for config, values in relative.items()
     }
+
+
+def idle_us(config: KernelConfig, gemm: GroupedGemm, target: Target, segments: int) -> float:
+    """What a launch costs whose programs leave: 1.2 us for 132 of them, 3.6 us for 4,096 (H200)."""
+    tiles = max_tiles(gemm.max_rows, segments, config.block_m) * -(-gemm.n // config.block_n)
+    resident = target.num_sms * config.occupancy
+    programs = min(tiles, resident) if config.persistent else tiles
+    return IDLE_US + IDLE_US_PROGRAM * programs
+
+
+@functools.lru_cache(maxsize=16384)
+def _pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewActive | None]:
+    table, static = stage_table(gemm, target), _robust(gemm, target)
+    assert table is not None
+    tokens, experts = gemm.max_segment_rows, gemm.num_segments
+    top_k = max(1, gemm.max_rows // tokens)
+
+    def costs(family: str, active: int = experts) -> dict[KernelConfig, float]:
+        return table.costs(gemm, target, expected_sizes(family, tokens, top_k, active))
+
+    hot, spread = costs("hot"), [costs(family) for family in FAMILIES if family != "hot"]
+    if 2 * top_k > experts or static not in hot:
+        return static, None
+    few = min(hot, key=hot.__getitem__)
+    many = min(hot, key=lambda config: sum(cost[config] / cost[static] for cost in spread))
+    # Uniform over some of the experts: up to where the other configuration is the better one.
+    up_to = active = top_k
+    while (active := active * 2) < experts:
+        some = costs("uniform", active)
+        if some[few] > some[many]:
+            break
+        up_to = active
+    changes = [(hot[few] + idle_us(many, gemm, target, experts)) / hot[static]]
+    idle = idle_us(few, gemm, target, up_to)
+    changes += [(cost[many] + idle) / cost[static] for cost in spread]
+    if few == many or sum(changes) > (1 - GAIN) * len(changes) or max(changes) > 1 + LOSS:
+        return static, None
+    return many, FewActive(few, up_to)
+
+
+def choose_pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewActive | None]:
+    """A configuration, and a second one for few active experts where that is worth its launch.
+
+    Both are launched, without a sync: the sizes choose on the device which of them works. A guard
+    keeps the robust one alone unless the mean over the families gains `GAIN`, the idle launch paid,
+    and none loses more than `LOSS`.
+    """
+    if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
+        return choose(gemm, target), None
+    return _pair(_bucketed(gemm), target)

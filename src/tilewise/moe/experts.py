@@ -10,7 +10,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch.config import KernelConfig
-from ..ragged import Ragged
+from ..ragged import Ragged, max_tiles
 from ..target import Target
 from .activation import Activation
 from .kernels.grouped import grouped_gemm_kernel
@@ -103,6 +103,7 @@ def grouped_gemm_into(
     activation: Activation | None = None,
     scratch: SplitScratch | None = None,
     dependent: bool = False,
+    active: tuple[int, int] | None = None,
 ) -> None:
     """out[r] = act(x[source(r)] @ gate[e].T, x[source(r)] @ up[e].T) for every planned row r.
 
@@ -117,6 +118,7 @@ def grouped_gemm_into(
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
         dependent: launched while the previous kernel still runs.
+        active: (more than, at most) experts with rows, else nothing is done; read on the device.
     """
     num_experts, n, k = up.shape
     for weight in (up,) if gate is None else (gate, up):
@@ -129,7 +131,9 @@ def grouped_gemm_into(
     act = activation or _IDENTITY
     gated = gate is not None
     g = up if gate is None else gate
-    tiles = ragged.max_tiles(config.block_m) * cdiv(n, config.block_n)
+    more_than, at_most = active or (0, num_experts)
+    row_tiles = max_tiles(ragged.max_rows, min(num_experts, at_most), config.block_m)
+    tiles = row_tiles * cdiv(n, config.block_n)
     resident = target.num_sms * config.occupancy
     programs = min(tiles, resident) if config.persistent else tiles
     x_descriptor = config.descriptors and not gathered and suits_rows(x)
@@ -171,6 +175,8 @@ def grouped_gemm_into(
         n,
         k,
         top_k,
+        more_than,
+        at_most,
         *x.stride(),
         *g.stride(),
         *up.stride(),
@@ -200,6 +206,7 @@ def grouped_gemm_into(
         SPLIT_K=min(config.split_k, cdiv(k, 2 * config.block_k)) if split else 1,
         TAIL_M=config.tail_m,
         DEPENDENT=dependent,
+        BOUNDED=active is not None,
         PERSISTENT=config.persistent,
         UPCAST=upcast_dot(x.dtype),
         PRECISION=dot_precision(x.dtype, target),

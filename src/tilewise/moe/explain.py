@@ -141,12 +141,22 @@ class Explanation:
         """Share of the unfused pipeline's activation traffic that is not moved here."""
         return 1.0 - self.activation_bytes / self.unfused_activation_bytes
 
+    def _product(self, label: str, name: str) -> list[str]:
+        """A product's configuration; of two, what the device chooses when is said."""
+        config, few = getattr(self.config, name), getattr(self.config, f"{name}_few")
+        if few is None:
+            return [f"{label:11} {config}"]
+        return [
+            f"{label:11} if more than {few.up_to} experts are active: {config}",
+            f"{'':11} else: {few.config}",
+        ]
+
     def __str__(self) -> str:
         return "\n".join(
             (
                 f"path        {self.config.path} on {self.target} ({self.source})",
-                f"gate+up     {self.config.gate_up}",
-                f"down        {self.config.down}",
+                *self._product("gate+up", "gate_up"),
+                *self._product("down", "down"),
                 f"weights     {self.weight_bytes / 1e6:.1f} MB, {self.active_experts:.1f} experts",
                 f"activations {self.activation_bytes / 1e6:.1f} MB, "
                 f"{self.saving:.0%} less than unfused",

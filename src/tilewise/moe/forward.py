@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch.config import FewActive, KernelConfig, StreamConfig
 from ..target import Target
 from . import replay
 from .activation import Activation
@@ -275,6 +276,16 @@ def _check_workspace(workspace: torch.Tensor, device: torch.device) -> None:
         raise ValueError("workspace must be 16-byte aligned: fresh torch.empty() memory is")
 
 
+def launches(
+    config: KernelConfig | StreamConfig, few: FewActive | None, num_experts: int
+) -> list[tuple[KernelConfig, tuple[int, int] | None]]:
+    """What is launched for one product, each with the active experts (more than, at most)."""
+    assert isinstance(config, KernelConfig)
+    if few is None or few.up_to >= num_experts:
+        return [(config if few is None else few.config, None)]
+    return [(config, (few.up_to, num_experts)), (few.config, (0, few.up_to))]
+
+
 def _grouped_into(
     out: torch.Tensor,
     ints: torch.Tensor,
@@ -308,19 +319,22 @@ def _grouped_into(
     counters = ints[first : first + 2 * num] if num else None
     overlap = target.dependent_launch and not INTERPRETED and num_rows <= OVERLAP_ROWS
     plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, dependents=overlap)
-    grouped_gemm_into(
-        act, hidden_states, gate, up, ragged, layer.gate_up, target,  # type: ignore[arg-type]
-        gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
-        row_weights=topk_weights if apply_router_weight_on_input else None, activation=activation,
-        scratch=None if counters is None else SplitScratch(partials, counters[:num]),
-        dependent=overlap,
-    )  # fmt: skip
-    grouped_gemm_into(
-        rows, act, None, down, ragged, layer.down, target,  # type: ignore[arg-type]
-        gathered=False, up_bias=down_bias,
-        scratch=None if counters is None else SplitScratch(partials, counters[num:]),
-        dependent=overlap,
-    )  # fmt: skip
+    for config, active in launches(layer.gate_up, layer.gate_up_few, num_local):
+        grouped_gemm_into(
+            act, hidden_states, gate, up, ragged, config, target,
+            gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
+            row_weights=topk_weights if apply_router_weight_on_input else None,
+            activation=activation,
+            scratch=None if counters is None else SplitScratch(partials, counters[:num]),
+            dependent=overlap, active=active,
+        )  # fmt: skip
+    for config, active in launches(layer.down, layer.down_few, num_local):
+        grouped_gemm_into(
+            rows, act, None, down, ragged, config, target,
+            gathered=False, up_bias=down_bias,
+            scratch=None if counters is None else SplitScratch(partials, counters[num:]),
+            dependent=overlap, active=active,
+        )  # fmt: skip
     combine_into(
         out, rows, ragged.scatter, topk_weights,
         router_weight=not apply_router_weight_on_input, dependent=overlap,

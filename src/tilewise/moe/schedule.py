@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..dispatch.config import GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
+from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
 from ..dispatch.rules import choose_stream
-from ..dispatch.select import choose
+from ..dispatch.select import choose, choose_pair
 from ..target import Target
 
 # Up to this many tokens every program streams its own expert; measured in docs/performance.md.
@@ -28,11 +28,14 @@ class LayerConfig:
         path: "decode" (two launches, `StreamConfig`s) or "grouped" (`KernelConfig`s).
         gate_up: configuration of the first product.
         down: configuration of the second product.
+        gate_up_few, down_few: what runs instead of either when few experts are active.
     """
 
     path: str
     gate_up: KernelConfig | StreamConfig
     down: KernelConfig | StreamConfig
+    gate_up_few: FewActive | None = None
+    down_few: FewActive | None = None
 
     def __post_init__(self) -> None:
         kinds = {"decode": StreamConfig, "grouped": KernelConfig}
@@ -41,6 +44,15 @@ class LayerConfig:
         for name in ("gate_up", "down"):
             if not isinstance(getattr(self, name), kinds[self.path]):
                 raise ValueError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
+        if self.path == "decode" and (self.gate_up_few or self.down_few):
+            raise ValueError("path='decode' takes no gate_up_few or down_few: use 'grouped'")
+
+    def kernels(self, product: str) -> tuple[KernelConfig, ...]:
+        """What may run as "gate_up" or "down" on the grouped path: one, or one of two."""
+        few = getattr(self, f"{product}_few")
+        config = getattr(self, product)
+        grouped = (config,) if isinstance(config, KernelConfig) else ()
+        return grouped if few is None else (*grouped, few.config)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -49,7 +61,12 @@ class LayerConfig:
     def from_json(text: str) -> LayerConfig:
         values: dict[str, Any] = json.loads(text)
         kind = StreamConfig if values.get("path") == "decode" else KernelConfig
-        return LayerConfig(values["path"], kind(**values["gate_up"]), kind(**values["down"]))
+        few = {
+            name: FewActive(KernelConfig(**values[name]["config"]), values[name]["up_to"])
+            for name in ("gate_up_few", "down_few")
+            if values.get(name)
+        }
+        return LayerConfig(values["path"], kind(**values["gate_up"]), kind(**values["down"]), **few)
 
 
 @dataclass(frozen=True)
@@ -97,10 +114,13 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
         and problem.top_k <= DECODE_TOP_K
     ):
         return LayerConfig("decode", choose_stream(gate_up, target), choose_stream(down, target))
-    products = choose(gate_up, target), choose(down, target)
     if problem.batch_invariant:  # How many programs share a reduction depends on the batch.
-        products = replace(products[0], split_k=1), replace(products[1], split_k=1)
-    return LayerConfig("grouped", *products)
+        alone = (replace(choose(gemm, target), split_k=1) for gemm in (gate_up, down))
+        return LayerConfig("grouped", next(alone), next(alone))
+    (first, first_few), (second, second_few) = (
+        choose_pair(gemm, target) for gemm in (gate_up, down)
+    )
+    return LayerConfig("grouped", first, second, first_few, second_few)
 
 
 def _check_decode(config: LayerConfig, problem: LayerProblem, target: Target) -> None:
@@ -138,22 +158,33 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
         _check_decode(config, problem, target)
         return config
     for name, gemm in zip(("gate_up", "down"), problem.gemms(), strict=True):
-        kernel_config = getattr(config, name)
-        if problem.batch_invariant and kernel_config.split_k > 1:
+        if problem.batch_invariant and getattr(config, f"{name}_few"):
             raise ValueError(
-                f"config.{name}.split_k={kernel_config.split_k}: how many programs share a "
-                "reduction depends on the batch; batch_invariant=True takes split_k=1"
+                f"config.{name}_few: which configuration runs depends on the batch; "
+                "batch_invariant=True takes none"
             )
-        same_bits = target.same_bits_any_tile and problem.itemsize == 2
-        if problem.batch_invariant and kernel_config.tail_m and not same_bits:
-            raise ValueError(
-                f"config.{name}.tail_m={kernel_config.tail_m}: which tile a row is in depends on "
-                f"the batch, and its bits may on {target.arch}; batch_invariant=True takes tail_m=0"
-            )
-        reason = why_illegal(kernel_config, gemm, target)
-        if reason is not None:
-            raise ValueError(
-                f"config.{name}={kernel_config} cannot run: {reason}; nearest legal: "
-                f"{fit(kernel_config, gemm, target)}"
-            )
+        for kernel_config in config.kernels(name):
+            _check_kernel(name, kernel_config, gemm, problem, target)
     return config
+
+
+def _check_kernel(
+    name: str, kernel_config: KernelConfig, gemm: GroupedGemm, problem: LayerProblem, target: Target
+) -> None:
+    if problem.batch_invariant and kernel_config.split_k > 1:
+        raise ValueError(
+            f"config.{name}.split_k={kernel_config.split_k}: how many programs share a "
+            "reduction depends on the batch; batch_invariant=True takes split_k=1"
+        )
+    same_bits = target.same_bits_any_tile and problem.itemsize == 2
+    if problem.batch_invariant and kernel_config.tail_m and not same_bits:
+        raise ValueError(
+            f"config.{name}.tail_m={kernel_config.tail_m}: which tile a row is in depends on "
+            f"the batch, and its bits may on {target.arch}; batch_invariant=True takes tail_m=0"
+        )
+    reason = why_illegal(kernel_config, gemm, target)
+    if reason is not None:
+        raise ValueError(
+            f"config.{name}={kernel_config} cannot run: {reason}; nearest legal: "
+            f"{fit(kernel_config, gemm, target)}"
+        )

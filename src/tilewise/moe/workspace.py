@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from ..dispatch.config import KernelConfig
 from ..dispatch.select import buckets
 from ..target import Target
 from .experts import split_elements
@@ -24,7 +23,7 @@ def _aligned(size: int) -> int:
 
 def num_counters(config: LayerConfig, target: Target) -> int:
     """int32 elements that count the programs of each shared reduction, in each product."""
-    products = [c for c in (config.gate_up, config.down) if isinstance(c, KernelConfig)]
+    products = (*config.kernels("gate_up"), *config.kernels("down"))
     return max(
         (next_power_of_two(target.num_sms * c.occupancy) for c in products if c.split_k > 1),
         default=0,
@@ -34,9 +33,12 @@ def num_counters(config: LayerConfig, target: Target) -> int:
 def split_sizes(problem: LayerProblem, config: LayerConfig, target: Target) -> tuple[int, int]:
     """(counters of both products, fp32 partial sums), in elements."""
     partials = max(
-        split_elements(product, weights, target.num_sms)
-        for product, weights in ((config.gate_up, 2 if problem.gated else 1), (config.down, 1))
-        if isinstance(product, KernelConfig)
+        (
+            split_elements(kernel, weights, target.num_sms)
+            for product, weights in (("gate_up", 2 if problem.gated else 1), ("down", 1))
+            for kernel in config.kernels(product)
+        ),
+        default=0,
     )
     return 2 * num_counters(config, target), partials
 

@@ -361,7 +361,14 @@ def one_tile(
 
 
 @triton.jit(
-    do_not_specialize=["num_segments", "num_programs", "top_k", "stride_rt"],
+    do_not_specialize=[
+        "num_segments",
+        "num_programs",
+        "top_k",
+        "more_than",
+        "at_most",
+        "stride_rt",
+    ],
     do_not_specialize_on_alignment=["row_weights_ptr"],
 )
 def grouped_gemm_kernel(
@@ -380,6 +387,7 @@ def grouped_gemm_kernel(
     partials_ptr,  # fp32, a tile for each of num_programs programs, if SPLIT_K > 1
     counters_ptr,  # int32 [num_programs], zero, if SPLIT_K > 1
     num_segments, num_programs, N, K, top_k,
+    more_than, at_most,  # active segments, without which BOUNDED programs leave
     stride_xm, stride_xk, stride_ge, stride_gn, stride_gk, stride_ue, stride_un, stride_uk,
     stride_gbe, stride_gbn, stride_ube, stride_ubn, stride_rt, stride_rk, stride_om,
     SEGMENTS: tl.constexpr,  # power of two >= num_segments
@@ -390,6 +398,7 @@ def grouped_gemm_kernel(
     PAIR: tl.constexpr, UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
     TAIL_M: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
+    BOUNDED: tl.constexpr,  # one of two launches, of which the sizes choose
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -400,6 +409,9 @@ def grouped_gemm_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     sizes, ends = tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M, SEGMENTS)
     num_tiles = tl.max(ends, 0)
+    if BOUNDED:
+        active = tl.sum((sizes > 0).to(tl.int32), 0)
+        num_tiles = tl.where((active > more_than) & (active <= at_most), num_tiles, 0)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=True):
             segment, offset, size, tile_m, tile_n = locate(
