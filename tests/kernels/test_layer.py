@@ -91,7 +91,7 @@ def test_variants(name: str, sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("routing", ["uniform", "hot", "one_expert", "all_sentinels"])
 def test_the_sizes_choose_between_two_configurations(routing: str) -> None:
-    """Both are launched and one works, whichever it is: a plain and a persistent kernel, a split."""
+    """Both are launched and one works, whichever it is: plain, persistent, sharing reductions."""
     case = cases.Case("few", 29, 6, 2, 96, 64, bias=True, routing=routing)
     config = LayerConfig(
         "grouped", VARIANTS["swapped"], VARIANTS["persistent"],
