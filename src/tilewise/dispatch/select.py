@@ -19,7 +19,7 @@ from .table import StageTable, stage_table
 
 WORST = 0.2  # Weight of the worst family beside the mean over all of them.
 MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err.
-GAIN = 0.03  # A second launch must gain this much over the families' mean,
+GAIN = 0.1  # A second launch must gain more than costs err where nothing was measured,
 LOSS = 0.01  # and cost no family more than this.
 IDLE_US, IDLE_US_PROGRAM = 1.2, 0.0055  # Of a launch whose programs leave, on an H200.
 FEWEST = 4  # Tokens; costs were fitted from here on.
