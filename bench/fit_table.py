@@ -1,0 +1,70 @@
+"""Fits the costs that come with the library from exhaustive rows of `bench.regret`.
+
+``python -m bench.fit_table FILE... --out src/tilewise/dispatch/tables/sm_90.json``: cases that two
+files share are taken from the first. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.regret import SHAPES
+from tilewise.dispatch.rules import rule
+from tilewise.dispatch.table import Table
+from tilewise.target import Target
+from tilewise.tune import fit, measure
+
+VARIANTS = 56
+
+
+def merged(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of all files, each case once, and the files' meta."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    metas = []
+    for file in files:
+        data = json.loads(file.read_text())
+        metas.append(data["meta"])
+        for row in data["rows"]:
+            rows.setdefault((row["shape"], row["stage"], row["T"], row["routing"]), row)
+    return list(rows.values()), metas
+
+
+def table(rows: Sequence[dict[str, Any]], target: Target, meta: dict[str, Any]) -> Table:
+    """Costs of both products for the variants that reach nearest to the best of all."""
+    stages = []
+    for stage in measure.STAGES:
+        cases = fit.cases_of(
+            [row for row in rows if row["stage"] == stage],
+            lambda row: measure.product(SHAPES[row["shape"]], row["stage"], row["T"]),
+        )
+        ruled = [rule(case.gemm, target) for case in cases]
+        stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, VARIANTS, ruled)))
+    return Table(meta, *stages)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.fit_table")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows, metas = merged(options.files)
+    keys = ("hardware", "torch", "triton", "commit", "source")
+    meta = {
+        "arch": options.arch,
+        "cases": len(rows),
+        "measured": [{key: one.get(key) for key in keys} for one in metas],
+        "files": [file.name for file in options.files],
+    }
+    fitted = table(rows, Target.from_arch(options.arch), meta)
+    options.out.write_text(json.dumps(fitted.to_json(), separators=(",", ":")) + "\n")
+    for name, stage in (("gate_up", fitted.gate_up), ("down", fitted.down)):
+        print(f"{name}: {len(stage.coefficients)} variants, {len(stage.exemplars)} cases")
+
+
+if __name__ == "__main__":
+    main()
