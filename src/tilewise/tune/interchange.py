@@ -213,13 +213,11 @@ def _choices(profile: Profile, tied: bool) -> Iterator[tuple[int, Pair]]:
             fastest = min(times.values())
             for pair, us in times.items():
                 scores.setdefault(pair, []).append(us / fastest)
-        yield (
-            tokens,
-            min(
-                scores,
-                key=lambda pair: sum(scores[pair]) / len(FAMILIES) + WORST * max(scores[pair]),
-            ),
-        )
+        robust = {
+            pair: sum(relative) / len(relative) + WORST * max(relative)
+            for pair, relative in scores.items()
+        }
+        yield tokens, min(robust, key=robust.__getitem__)
 
 
 def _same(gate_up: KernelConfig, down: KernelConfig) -> bool:
