@@ -136,8 +136,12 @@ def recorded(paths: list[Path], shape: MoEShape) -> list[torch.Tensor]:
     """The ids of every call in the traces of layers with so many experts.
 
     Raises:
-        ValueError: no trace, or of other layers.
+        ValueError: no trace, or of other layers; safetensors is missing.
     """
+    if not paths:
+        return []
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError("reading traces needs safetensors: pip install safetensors")
     from ..integrations.record import Trace
 
     calls = []
