@@ -15,6 +15,8 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .explain import explain
+from .tune import tune
+from .tune_export import tune_export
 
 app = typer.Typer(
     name="tilewise",
@@ -39,5 +41,5 @@ def main(
     """Mixture-of-Experts layers at hardware speed, in portable Triton."""
 
 
-for command in (demo, doctor, explain, bench):
+for command in (demo, doctor, explain, bench, tune, tune_export):
     app.command()(command)

@@ -1,7 +1,8 @@
 """Which configuration runs: the least expected cost over the routings a batch may have.
 
-Decided once per shape and token bucket on the host, from shapes and hardware facts alone: no file
-to find, no timing, no sync.
+Decided once per process, shape and token bucket, on the host, from shapes, hardware facts and
+fitted costs: no timing, no sync, no file that must be there. A user's profile counts if there is
+one (profiles.py).
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     The robust one where costs were fitted for such a machine, else the one by rule.
 
     Returns:
-        A legal configuration for `target`. Depends on nothing but the arguments.
+        A legal configuration for `target`. Depends on the arguments alone, where no profile was
+        measured for this product.
     """
     if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
         return rule(gemm, target)
@@ -67,9 +69,13 @@ def _bucketed(gemm: GroupedGemm) -> GroupedGemm:
 
 @functools.lru_cache(maxsize=16384)
 def _robust(gemm: GroupedGemm, target: Target) -> KernelConfig:
-    """The least mean and worst relative cost over the families of routing, if it beats the rule."""
     table = stage_table(gemm, target)
     assert table is not None
+    return robust(table, gemm, target)
+
+
+def robust(table: StageTable, gemm: GroupedGemm, target: Target) -> KernelConfig:
+    """The least mean and worst relative cost over the families of routing, if it beats the rule."""
     scores, ruled = robust_scores(table, gemm, target), rule(gemm, target)
     if not scores:
         return ruled

@@ -15,8 +15,9 @@ from importlib import resources
 from typing import Any
 
 from ..target import Target
+from . import profiles
 from .config import GroupedGemm, KernelConfig, why_illegal
-from .features import features
+from .features import FEATURES, features
 from .histogram import Histogram
 
 REACH = 0.5  # Octaves of rows, experts, columns and reduction over which an exemplar speaks.
@@ -146,15 +147,50 @@ def shipped(arch: str) -> Table | None:
     return Table.from_json(json.loads(file.read_text())) if file.is_file() else None
 
 
+@functools.lru_cache(maxsize=1024)
+def profiled(
+    segments: int, hidden: int, intermediate: int, top_k: int, target: Target
+) -> Table | None:
+    """The table of a user's profile for these sizes on this machine, or None.
+
+    A profile of other kernels or another Triton is a hint: it counts only where no table ships.
+    Decided once per process, and logged once.
+    """
+    found = profiles.find(segments, hidden, intermediate, top_k, target)
+    if found is None:
+        return None
+    stale = " and ".join(found.stale)
+    if stale and shipped(target.arch) is not None:
+        profiles.LOG.warning(
+            "%s is not used: %s changed since; run `tilewise tune` again", found.path, stale
+        )
+        return None
+    try:
+        table = Table.from_json(found.table)
+        for stage in (table.gate_up, table.down):
+            if any(len(row) != len(FEATURES) for row in stage.coefficients.values()):
+                raise ValueError("its costs are fitted on other features")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        profiles.LOG.warning("%s is not used: %r; run `tilewise tune` again", found.path, error)
+        return None
+    if stale:
+        profiles.LOG.warning("%s is used as a hint: %s changed since", found.path, stale)
+    return table
+
+
 def stage_table(gemm: GroupedGemm, target: Target) -> StageTable | None:
-    """The costs that speak for a product, or None: other element sizes, layouts and machines."""
+    """The costs that speak for a product, or None: other element sizes, layouts and machines.
+
+    A user's profile of exactly this product goes before the table that ships. Both are read once
+    per process, and decisions made from them are kept: a new profile counts from the next start.
+    """
     if not (target.warpgroup_mma and gemm.descriptors_possible and gemm.itemsize == 2):
         return None
-    table = shipped(target.arch)
+    if (gemm.gathered, gemm.num_weights) not in ((True, 2), (False, 1)):
+        return None
+    widths = (gemm.k, gemm.n) if gemm.gathered else (gemm.n, gemm.k)
+    top_k = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
+    table = profiled(gemm.num_segments, *widths, top_k, target) or shipped(target.arch)
     if table is None:
         return None
-    if gemm.gathered and gemm.num_weights == 2:
-        return table.gate_up
-    if not gemm.gathered and gemm.num_weights == 1:
-        return table.down
-    return None
+    return table.gate_up if gemm.gathered else table.down
