@@ -1,0 +1,352 @@
+"""A kernel that is not ours, chosen by our costs: vLLM's ``fused_moe_kernel``, source untouched.
+
+``python -m bench.foreign measure --out FILE`` times 60 configurations of vLLM's layer, and what it
+would itself choose, on every row; ``python -m bench.foreign score FILE`` fits costs to the rows
+marked "fit", described by the grids of both launches alone, and scores choices on the others.
+RaMP (arXiv 2604.26039) did this with Alpha-MoE's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.regret import SHAPES
+from tilewise.dispatch.config import GroupedGemm, KernelConfig
+from tilewise.dispatch.features import features
+from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
+from tilewise.dispatch.select import WORST
+from tilewise.dispatch.table import DOUBT, REACH, place
+from tilewise.models import MoEShape
+from tilewise.target import Target
+from tilewise.tune import fit, measure
+from tilewise.tune.routings import expert_ids, fingerprint, sizes_of
+
+FITTED = ("qwen3-30b-a3b", "olmoe-1b-7b", "mixtral-8x7b")
+UNSEEN = "qwen2-moe-57b"
+TOKENS = (8, 64, 512, 4096)
+ROUTINGS = ("uniform", "zipf1.2", "hot")
+OUT = Path(__file__).parent / "results" / "h200_foreign.json"
+Values = tuple[float, ...]
+
+
+def configurations() -> list[KernelConfig]:
+    """60 configurations over what vLLM's tuned files use; its six fields are six of ours."""
+    shared = ((32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3))
+    out = [
+        KernelConfig(m, n, k, group, warps, stages)
+        for m, (n, k, warps, stages), group in itertools.product((16, 32), shared, (1, 16))
+    ]
+    out += [
+        KernelConfig(m, n, k, group, warps, stages)
+        for m in (64, 128)
+        for n, k, warps, stages in (
+            (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3),
+        )
+        for group in (1, 16)
+    ]  # fmt: skip
+    out += [KernelConfig(m, 128, 64, 16, warps, 3) for m in (16, 32, 64, 128) for warps in (4, 8)]
+    out += [KernelConfig(m, 64, 128, 1, 4, 3) for m in (16, 32, 64, 128)]
+    out += [KernelConfig(m, 256, 64, 16, 8, 4) for m in (16, 32, 64, 128)]
+    out += [KernelConfig(m, 64, 256, 1, 4, 3) for m in (16, 32)]
+    out += [KernelConfig(m, 32, 128, 1, 4, 4) for m in (16, 32)]
+    assert len(set(out)) == len(out) == 60
+    return out
+
+
+def as_vllm(config: KernelConfig) -> dict[str, int]:
+    """vLLM's names."""
+    return {
+        "BLOCK_SIZE_M": config.block_m, "BLOCK_SIZE_N": config.block_n,
+        "BLOCK_SIZE_K": config.block_k, "GROUP_SIZE_M": config.group_m,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def cells() -> Iterator[tuple[str, int, str, str]]:
+    """(shape, tokens, routing, split)."""
+    for shape in FITTED:
+        yield from ((shape, t, routing, "fit") for t in TOKENS for routing in ROUTINGS)
+        yield from ((shape, t, "zipf1.2", "held_out") for t in (24, 200))
+        yield (shape, 200, "few0.25", "held_out")
+    yield from ((UNSEEN, t, routing, "held_out") for t in (8, 64, 512) for routing in ROUTINGS)
+
+
+def compile_some(configs: Sequence[KernelConfig]) -> str:
+    """Runs each configuration on small layers, which compiles it; for a pool of processes."""
+    fused_moe = importlib.import_module("bench.peers.vllm_moe")._import()[0]
+    package = importlib.import_module("vllm.model_executor.layers.fused_moe")
+    failed = ""
+    for name in (*FITTED, UNSEEN):
+        s = SHAPES[name]
+        shape = MoEShape(min(16, s.num_experts), s.top_k, s.hidden_size, s.intermediate_size)
+        weights = measure.Weights.random(shape, "cuda")
+        for tokens in (8, 24, 200, 512):
+            generator = torch.Generator(device="cuda").manual_seed(0)
+            ids = expert_ids("uniform", tokens, shape, generator)
+            x = torch.randn(tokens, s.hidden_size, device="cuda", dtype=torch.bfloat16)
+            for config in configs:
+                package._config = as_vllm(config)
+                try:
+                    fused_moe.fused_experts(
+                        x, weights.gate_up, weights.down, torch.rand(ids.shape, device="cuda"), ids
+                    )
+                except Exception as error:
+                    failed = f"{config.name}: {error}"
+        torch.cuda.synchronize()
+    return failed
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Times every cell that the time limit allows; saves after each shape."""
+    machine.require_gpu()
+    began, configs = time.monotonic(), configurations()
+    context = multiprocessing.get_context("spawn")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        chunks = [configs[i :: options.processes] for i in range(options.processes)]
+        problems = [bad for bad in pool.map(compile_some, chunks) if bad]
+    print(f"compiled in {time.monotonic() - began:.0f} s", problems[:2], flush=True)
+    fused_moe = importlib.import_module("bench.peers.vllm_moe")._import()[0]
+    package = importlib.import_module("vllm.model_executor.layers.fused_moe")
+    rows: list[dict[str, Any]] = []
+    meta = machine.describe() | {"vllm": importlib.import_module("vllm").__version__}
+    stream = torch.cuda.Stream()
+    for name in (*FITTED, UNSEEN):
+        shape = SHAPES[name]
+        weights = measure.Weights.random(shape, "cuda")
+        for cell in [cell for cell in cells() if cell[0] == name]:
+            if time.monotonic() - began > options.time_limit:
+                break
+            rows.append(_measure(cell, shape, weights, configs, fused_moe, package, stream))
+        options.out.write_text(json.dumps({"meta": meta, "rows": rows}))
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        del weights
+        torch.cuda.empty_cache()
+
+
+def _measure(
+    cell: tuple[str, int, str, str], shape: MoEShape, weights: measure.Weights,
+    configs: Sequence[KernelConfig], fused_moe: Any, package: Any, stream: torch.cuda.Stream,
+) -> dict[str, Any]:  # fmt: skip
+    name, tokens, routing, split = cell
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    first = expert_ids(routing, tokens, shape, generator)
+    count = min(3, measure.num_sets(shape, "gate_up", int(first.unique().numel())))
+    ids = [first, *(expert_ids(routing, tokens, shape, generator) for _ in range(count - 1))]
+    sets = [
+        (
+            torch.randn(tokens, shape.hidden_size, device="cuda", dtype=torch.bfloat16),
+            torch.rand(one.shape, device="cuda"),
+            one,
+        )
+        for one in ids
+    ]
+    package._config = None
+    own = fused_moe.try_get_optimal_moe_config(
+        tuple(weights.gate_up.shape), tuple(weights.down.shape), shape.top_k, None, tokens
+    )
+    wanted = KernelConfig(
+        own["BLOCK_SIZE_M"], own["BLOCK_SIZE_N"], own["BLOCK_SIZE_K"], own["GROUP_SIZE_M"],
+        own.get("num_warps", 4), own.get("num_stages", 3),
+    )  # fmt: skip
+    graphs: dict[KernelConfig, measure.Captured] = {}
+    failed = {}
+    for config in dict.fromkeys([*configs, wanted]):
+        package._config = as_vllm(config)
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                fused_moe.fused_experts(sets[0][0], weights.gate_up, weights.down, *sets[0][1:])
+            torch.cuda.synchronize()
+            graph, outs = torch.cuda.CUDAGraph(), []
+            with torch.cuda.graph(graph, stream=stream):
+                for x, weight, one in sets:
+                    outs.append(
+                        fused_moe.fused_experts(x, weights.gate_up, weights.down, weight, one)
+                    )
+            graphs[config] = measure.Captured(graph, len(sets), [outs])
+        except Exception as error:
+            failed[config.name] = f"{type(error).__name__}: {error}"[:120]
+    package._config = None
+    times = measure.interleaved_us(graphs, rounds=((2, 1.3), (4, 0.0)), sample_ms=0.5)
+    sizes = [sizes_of(one, shape.num_experts) for one in ids]
+    return {
+        "shape": name, "T": tokens, "routing": routing, "split": split, "sizes": sizes,
+        "histogram": fingerprint(sizes[0]), "vllm": wanted.name, "failed": failed,
+        "times_us": {c.name: [round(t, 2) for t in halves] for c, halves in times.items()},
+    }  # fmt: skip
+
+
+# Scoring.
+
+
+def products(shape: MoEShape, tokens: int) -> tuple[GroupedGemm, GroupedGemm]:
+    """Both launches: gate and up are one plain product of 2 I columns there."""
+    e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
+    rows = tokens * k
+    return GroupedGemm(rows, tokens, e, 2 * i, h), GroupedGemm(rows, tokens, e, h, i)
+
+
+def described(
+    config: KernelConfig, shape: MoEShape, tokens: int, histogram: Histogram, target: Target
+) -> Values:
+    """The grids of both launches, added up."""
+    both = [features(config, gemm, target, histogram) for gemm in products(shape, tokens)]
+    return tuple(a + b for a, b in zip(*both, strict=True))
+
+
+class Costs:
+    """Fitted costs of the foreign layer, corrected near the rows they were fitted to."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], target: Target) -> None:
+        self.target = target
+        names = {name: None for row in rows for name in row["times_us"]}
+        self.configs = [
+            KernelConfig.from_name(name)
+            for name in names
+            if sum(name in row["times_us"] for row in rows) >= fit.TIMED * len(rows)
+        ]
+        self.coefficients: dict[KernelConfig, Values] = {}
+        for config in self.configs:
+            have = [row for row in rows if config.name in row["times_us"]]
+            times = [_mean(row, config.name) for row in have]
+            best = [min(_mean(row, name) for name in row["times_us"]) for row in have]
+            self.coefficients[config] = fit.non_negative(
+                [self._values(config, row) for row in have],
+                times,
+                [min(1.0, b / t) ** fit.RACE for b, t in zip(best, times, strict=True)],
+            )
+        self.exemplars = [
+            (
+                self._place(row),
+                {
+                    c: math.log(_mean(row, c.name) / self._bare(c, self._values(c, row)))
+                    for c in self.configs
+                    if c.name in row["times_us"]
+                },
+            )
+            for row in rows
+        ]
+
+    def _values(self, config: KernelConfig, row: Mapping[str, Any]) -> Values:
+        shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
+        return described(config, shape, row["T"], histogram, self.target)
+
+    def _place(self, row: Mapping[str, Any]) -> Values:
+        gemm = products(SHAPES[row["shape"]], row["T"])[0]
+        return place(gemm, Histogram.of(row["sizes"][0]))
+
+    def _bare(self, config: KernelConfig, values: Values) -> float:
+        row = self.coefficients[config]
+        return max(0.1, sum(a * b for a, b in zip(row, values, strict=True)))
+
+    def of(self, shape: MoEShape, tokens: int, histogram: Histogram) -> dict[KernelConfig, float]:
+        """Microseconds by configuration."""
+        here = place(products(shape, tokens)[0], histogram)
+        near = []
+        for where, residual in self.exemplars:
+            distance = sum((a - b) ** 2 for a, b in zip(here, where, strict=True))
+            weight = math.exp(-0.5 * distance / REACH**2)
+            if weight > 1e-4:
+                near.append((weight, residual))
+        out = {}
+        for c in self.configs:
+            known = [(w, residual[c]) for w, residual in near if c in residual]
+            shift = sum(w * r for w, r in known) / (DOUBT + sum(w for w, _ in known))
+            values = described(c, shape, tokens, histogram, self.target)
+            out[c] = self._bare(c, values) * math.exp(shift)
+        return out
+
+    def static(self, shape: MoEShape, tokens: int) -> KernelConfig:
+        """Robust over the families, as `dispatch.select` chooses for our own kernels."""
+        relative: dict[KernelConfig, list[float]] = {}
+        for family in FAMILIES:
+            histogram = expected_sizes(family, tokens, shape.top_k, shape.num_experts)
+            costs = self.of(shape, tokens, histogram)
+            for config, cost in costs.items():
+                relative.setdefault(config, []).append(cost / min(costs.values()))
+        return min(relative, key=lambda c: statistics.fmean(relative[c]) + WORST * max(relative[c]))
+
+
+def _mean(row: Mapping[str, Any], name: str) -> float:
+    return statistics.fmean(row["times_us"][name])
+
+
+def regret(row: Mapping[str, Any], name: str) -> float:
+    """Time over the best, which is picked on the other half of the samples."""
+    times = row["times_us"]
+    both = []
+    for pick, judge in ((0, 1), (1, 0)):
+        best = min(times, key=lambda n: times[n][pick])
+        both.append(times[name][judge] / times[best][judge] - 1)
+    return statistics.fmean(both)
+
+
+def score(rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Any]:
+    """Regret of each policy on rows that nothing was fitted to, and speed over vLLM's choice."""
+    costs = Costs([row for row in rows if row["split"] == "fit"], target)
+    found: dict[str, dict[str, list[float]]] = {}
+    speed: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
+        predicted = costs.of(shape, row["T"], histogram)
+        chosen = {
+            "by histogram": min(predicted, key=predicted.__getitem__).name,
+            "static": costs.static(shape, row["T"]).name,
+            "vllm": row["vllm"],
+        }
+        for policy, name in chosen.items():
+            if name not in row["times_us"]:
+                continue
+            found.setdefault(policy, {}).setdefault(row["split"], []).append(regret(row, name))
+            gain = _mean(row, row["vllm"]) / _mean(row, name)
+            speed.setdefault(policy, {}).setdefault(row["routing"], []).append(gain)
+    return {
+        "configurations": len(costs.configs),
+        "regret": {
+            policy: {
+                split: {"mean": statistics.fmean(v), "p95": sorted(v)[math.ceil(0.95 * len(v)) - 1],
+                        "max": max(v), "rows": len(v)}
+                for split, v in splits.items()
+            }
+            for policy, splits in found.items()
+        },
+        "speed_over_vllm_choice": {
+            policy: {routing: statistics.geometric_mean(v) for routing, v in by.items()}
+            for policy, by in speed.items()
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.foreign")
+    parser.add_argument("command", choices=["measure", "score"])
+    parser.add_argument("file", type=Path, nargs="?", default=OUT)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--time-limit", type=float, default=600.0, metavar="S")
+    options = parser.parse_args()
+    if options.command == "measure":
+        measure_all(options)
+        return
+    data = json.loads(options.file.read_text())
+    print(json.dumps(score(data["rows"], Target.from_arch("sm_90")), indent=1))
+
+
+if __name__ == "__main__":
+    main()
