@@ -1,0 +1,252 @@
+"""Scores choices of configuration on the rows of ``bench.regret`` that nothing was fitted to.
+
+``python -m bench.regret_score FILE --extra FILE2`` fits on the rows marked "fit" of both, chooses
+by every policy, and adds "chosen", "summary" and the times of fitting to the first. A regret is
+cross-validated: the oracle is picked on one half of the samples, both are judged on the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.fit_table import VARIANTS
+from bench.regret import OUT, SHAPES, UNSEEN_MODELS
+from tilewise.dispatch.config import GroupedGemm, KernelConfig
+from tilewise.dispatch.features import FEATURES, features
+from tilewise.dispatch.histogram import Histogram, expected_sizes
+from tilewise.dispatch.rules import rule
+from tilewise.dispatch.select import robust
+from tilewise.dispatch.table import StageTable
+from tilewise.target import Target
+from tilewise.tune import fit, measure
+
+Row = Mapping[str, Any]
+Policy = Callable[[Row], KernelConfig]
+TARGET = Target.from_arch("sm_90")
+
+
+def gemm_of(row: Row) -> GroupedGemm:
+    """The product of a row."""
+    return measure.product(SHAPES[row["shape"]], row["stage"], row["T"])
+
+
+def regret(row: Row, name: str) -> float:
+    """Time over the best one's, picked on the other half of the samples."""
+    times, both = row["times_us"], []
+    for pick, judge in ((0, 1), (1, 0)):
+        best = min(times, key=lambda n: times[n][pick])
+        both.append(times[name][judge] / times[best][judge] - 1)
+    return statistics.fmean(both)
+
+
+def noise(row: Row) -> float:
+    """The regret of the fastest by one half, judged by the other: what no policy can undercut."""
+    times = row["times_us"]
+    first, second = (min(times, key=lambda n: times[n][half]) for half in (0, 1))
+    return (times[first][1] / times[second][1] + times[second][0] / times[first][0]) / 2 - 1
+
+
+def ramp(rows: Sequence[Row], *, relative: bool) -> Policy:
+    """RaMP's a + b g/SM + c g + d ln(1+g), least squares for each configuration and shape.
+
+    On one machine g/SM and g are one column, so its waves are rounded up. A shape without rows of
+    its own takes the fit over all.
+    """
+    wave, grid = FEATURES.index("waves"), FEATURES.index("grid")
+
+    def design(row: Row, config: KernelConfig) -> list[float]:
+        values = features(config, gemm_of(row), TARGET, Histogram.of(row["sizes"][0]))
+        programs = values[grid] * 1e3
+        return [1.0, values[wave], programs, math.log1p(programs)]
+
+    solved: dict[tuple[str, str | None, str], np.ndarray] = {}
+    for stage in measure.STAGES:
+        for shape in (None, *SHAPES):
+            of = [r for r in rows if r["stage"] == stage and shape in (None, r["shape"])]
+            for name in {n for r in of for n in r["times_us"]}:
+                have = [r for r in of if name in r["times_us"]]
+                if len(have) < 5:
+                    continue
+                config = KernelConfig.from_name(name)
+                matrix = np.array([design(r, config) for r in have])
+                times = np.array([statistics.fmean(r["times_us"][name]) for r in have])
+                weight = 1 / times if relative else np.ones_like(times)
+                solution = np.linalg.lstsq(matrix * weight[:, None], times * weight, rcond=None)
+                solved[stage, shape, name] = solution[0]
+
+    def choose(row: Row) -> KernelConfig:
+        known = any((row["stage"], row["shape"], name) in solved for name in row["times_us"])
+        shape = row["shape"] if known else None
+        cost = {}
+        for name in row["times_us"]:
+            coefficients = solved.get((row["stage"], shape, name))
+            if coefficients is not None:
+                config = KernelConfig.from_name(name)
+                cost[config] = float(np.dot(design(row, config), coefficients))
+        return min(cost, key=cost.__getitem__)
+
+    return choose
+
+
+def nearest(rows: Sequence[Row]) -> Policy:
+    """What was fastest at the nearest fitted row, as an exemplar-based choice does (DA-MoE)."""
+    cases = {s: fit.cases_of([r for r in rows if r["stage"] == s], gemm_of) for s in measure.STAGES}
+
+    def choose(row: Row) -> KernelConfig:
+        (here,) = fit.cases_of([row], gemm_of)
+
+        def distance(case: fit.Case) -> float:
+            return sum((a - b) ** 2 for a, b in zip(case.place, here.place, strict=True))
+
+        ranked = sorted(cases[row["stage"]], key=distance)
+        for case in ranked:
+            best = min(case.times_us, key=case.times_us.__getitem__)
+            if best in here.times_us:
+                return best
+        raise ValueError("no fitted row shares a configuration")
+
+    return choose
+
+
+def policies(rows: Sequence[Row]) -> tuple[dict[str, Policy], float]:
+    """Every policy fitted on these rows, and the seconds that our own fit took."""
+    began = time.monotonic()
+    full: dict[str, StageTable] = {}
+    shipped: dict[str, StageTable] = {}
+    for stage in measure.STAGES:
+        cases = fit.cases_of([r for r in rows if r["stage"] == stage], gemm_of)
+        ruled = [rule(case.gemm, TARGET) for case in cases]
+        full[stage] = fit.fit_stage(cases, TARGET)
+        shipped[stage] = fit.fit_stage(cases, TARGET, fit.portfolio(cases, VARIANTS, ruled))
+    seconds = time.monotonic() - began
+
+    def model(row: Row) -> KernelConfig:
+        (case,) = fit.cases_of([row], gemm_of)
+        cost = fit.predicted(full[row["stage"]], case, TARGET)
+        timed = {c: v for c, v in cost.items() if c in case.times_us}
+        return min(timed, key=timed.__getitem__)
+
+    def uniform(row: Row) -> KernelConfig:
+        shape = SHAPES[row["shape"]]
+        histogram = expected_sizes("uniform", row["T"], shape.top_k, shape.num_experts)
+        cost = full[row["stage"]].costs(gemm_of(row), TARGET, histogram)
+        timed = {c: v for c, v in cost.items() if c.name in row["times_us"]}
+        return min(timed, key=timed.__getitem__)
+
+    return {
+        "tilewise_model": model,
+        "tilewise_static": lambda row: robust(shipped[row["stage"]], gemm_of(row), TARGET),
+        "uniform_static": uniform,
+        "ramp": ramp(rows, relative=False),
+        "ramp_relative": ramp(rows, relative=True),
+        "nearest": nearest(rows),
+        "rule": lambda row: rule(gemm_of(row), TARGET),
+    }, seconds
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median, 95th and 99th percentile and the largest."""
+    ranked = sorted(values)
+
+    def at(share: float) -> float:
+        return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
+
+    found = {"mean": statistics.fmean(ranked), "median": statistics.median(ranked)}
+    found |= {"p95": at(0.95), "p99": at(0.99), "max": ranked[-1], "rows": len(ranked)}
+    return {key: round(value, 5) for key, value in found.items()}
+
+
+def groups(row: Row) -> list[str]:
+    """The groups that a row is summed up in."""
+    if row["split"] == "fit":
+        return ["fit"]
+    unseen = row["shape"] in UNSEEN_MODELS
+    return ["held out", "unseen model" if unseen else "unseen tokens and routings"]
+
+
+def mean_us(row: Row, name: str) -> float:
+    return statistics.fmean(row["times_us"][name])
+
+
+def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
+    """Adds to each row what every policy chose, and returns the summary."""
+    rows = data["rows"]
+    chosen_by, seconds = policies([row for row in [*rows, *extra] if row["split"] == "fit"])
+    regrets: dict[str, dict[str, list[float]]] = {}
+    gains: dict[str, list[float]] = {}
+    slower = []
+    for row in rows:
+        row["chosen"] = {}
+        for policy, choose in chosen_by.items():
+            name = choose(row).name
+            if name not in row["times_us"]:
+                continue
+            row["chosen"][policy] = {"config": name, "us_net": round(mean_us(row, name), 2)}
+            for group in groups(row):
+                value = regret(row, name)
+                regrets.setdefault(policy, {}).setdefault(group, []).append(value)
+        took = {policy: one["us_net"] for policy, one in row["chosen"].items()}
+        band = "T<=32" if row["T"] <= 32 else "T<=512" if row["T"] <= 512 else "T>512"
+        for key in (row["routing"], band, "all"):
+            if row["split"] == "held_out":
+                gain = took["uniform_static"] / took["tilewise_model"]
+                gains.setdefault(f"model over uniform static, {key}", []).append(gain)
+                gain = took["tilewise_static"] / took["tilewise_model"]
+                gains.setdefault(f"model over robust static, {key}", []).append(gain)
+        if "rule" in took and took["tilewise_static"] > 1.01 * took["rule"]:
+            slower.append(
+                {key: row[key] for key in ("shape", "stage", "T", "routing")}
+                | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
+            )
+    data["refit_s"] = round(seconds, 2)
+    data["noise_floor"] = {
+        group: quantiles([noise(r) for r in rows if group in groups(r)])
+        for group in ("fit", "held out")
+    }
+    data["configs_per_stage"] = {
+        stage: max(len(r["times_us"]) for r in rows if r["stage"] == stage)
+        for stage in measure.STAGES
+    }
+    return {
+        "regret": {
+            policy: {group: quantiles(values) for group, values in by.items()}
+            for policy, by in regrets.items()
+        },
+        "gain": {key: round(statistics.geometric_mean(v), 4) for key, v in sorted(gains.items())},
+        "static_slower_than_rule": sorted(slower, key=lambda one: -one["over_rule"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.regret_score")
+    parser.add_argument("file", type=Path, nargs="?", default=OUT)
+    parser.add_argument("--extra", type=Path, help="more rows to fit on, not scored")
+    options = parser.parse_args()
+    data = json.loads(options.file.read_text())
+    extra = json.loads(options.extra.read_text())["rows"] if options.extra else []
+    data["summary"] = score(data, extra)
+    options.file.write_text(json.dumps(data, separators=(",", ":")))
+    print("| policy | rows | mean | median | p95 | p99 | max |\n|---|---|---|---|---|---|---|")
+    for policy, by in data["summary"]["regret"].items():
+        for group, q in by.items():
+            cells = " | ".join(f"{q[k]:.2%}" for k in ("mean", "median", "p95", "p99", "max"))
+            print(f"| {policy} | {group}, {q['rows']} | {cells} |")
+    for key, value in data["summary"]["gain"].items():
+        print(f"{key}: {value:.3f}")
+    print(f"noise floor {data['noise_floor']}, refit {data['refit_s']} s")
+    print(
+        f"static slower than the rule by over 1%: {len(data['summary']['static_slower_than_rule'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Scoring a choice of configuration, and regions, on rows whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import regret_score
+from bench.regret import SHAPES, cells
+from tilewise.dispatch.config import GroupedGemm, KernelConfig
+from tilewise.dispatch.features import features
+from tilewise.dispatch.histogram import Histogram, expected_sizes
+from tilewise.dispatch.regions import regions
+from tilewise.target import Target
+from tilewise.tune import fit, measure
+
+H200 = Target.from_arch("sm_90")
+SHORT = KernelConfig(16, 64, 128, num_stages=4, descriptors=True)
+TALL = KernelConfig(128, 128, 64, num_warps=8, num_stages=4, descriptors=True)
+
+
+def make_row(shape: str, tokens: int, family: str, split: str) -> dict:
+    """A row whose times follow a known cost of waves, programs and bytes."""
+    s = SHAPES[shape]
+    histogram = expected_sizes(family, tokens, s.top_k, s.num_experts)
+    gemm = measure.product(s, "down", tokens)
+    times = {}
+    for config, step in ((SHORT, 0.2), (TALL, 0.9)):
+        values = features(config, gemm, H200, histogram)
+        times[config.name] = [4 + step * values[1] + values[5]] * 2
+    return {"shape": shape, "stage": "down", "T": tokens, "routing": family, "split": split,
+            "sizes": [list(histogram.sizes)], "times_us": times}  # fmt: skip
+
+
+def test_rows_are_at_most_200_and_named_once() -> None:
+    rows = list(cells(list(SHAPES)))
+    assert len(rows) == len(set(rows)) <= 200
+    assert {row.split for row in rows} == {"fit", "held_out"}
+
+
+def test_a_cost_that_is_in_the_model_is_found() -> None:
+    pytest.importorskip("scipy")
+    rows = [
+        make_row(shape, tokens, family, "fit")
+        for shape in ("olmoe-1b-7b", "qwen3-30b-a3b")
+        for tokens in (8, 64, 512, 4096)
+        for family in ("uniform", "hot")
+    ]
+    table = fit.fit_stage(fit.cases_of(rows, regret_score.gemm_of), H200)
+    for tokens in (24, 300, 1500):
+        (case,) = fit.cases_of(
+            [make_row("glm-4.5-air", tokens, "zipf", "held_out")], regret_score.gemm_of
+        )
+        for config, us in fit.predicted(table, case, H200).items():
+            assert us == pytest.approx(case.times_us[config], rel=0.1)
+
+
+def test_regret_is_judged_on_the_other_half() -> None:
+    row = {"times_us": {"a": [10.0, 12.0], "b": [11.0, 11.0]}}
+    # Picked by the first half "a" is 12 where "b" is 11; by the second "b" is 11 where "a" is 10.
+    assert regret_score.regret(row, "b") == pytest.approx((11 / 12 - 1 + 0) / 2)
+    assert regret_score.noise(row) == pytest.approx((12 / 11 + 11 / 10) / 2 - 1)
+
+
+def test_a_portfolio_keeps_what_it_must_and_reaches_the_best() -> None:
+    gemm = GroupedGemm(64, 64, 8, 64, 64)
+    third = KernelConfig(32, 64, 64)
+    one = Histogram.of([8] * 8)
+    cases = [
+        fit.Case(gemm, (one,), {SHORT: 1.0, TALL: 2.0, third: 1.9}),
+        fit.Case(gemm, (one,), {SHORT: 3.0, TALL: 1.0, third: 2.9}),
+    ]
+    assert fit.portfolio(cases, 2) == [TALL, SHORT] or fit.portfolio(cases, 2) == [SHORT, TALL]
+    assert fit.portfolio(cases, 2, keep=[third])[0] == third
+
+
+def test_regions_by_hand() -> None:
+    few = GroupedGemm(64, 8, 128, 2048, 2048)
+    found = regions(few, H200, Histogram.of([1] * 8))
+    assert found["swap"].helps and not found["tall"].helps and not found["persistent"].helps
+    # 8 x 16 tiles of 132 multiprocessors' worth: 132 / 256.
+    assert found["split_k"].ratio == pytest.approx(132 / 256)
+    many = GroupedGemm(65536, 8192, 64, 8192, 4096)
+    found = regions(many, H200, Histogram.of([1024] * 64))
+    assert found["tall"].helps and found["persistent"].helps and not found["tail"].helps
+    slab = 8192 * 4096 * 2 / (0.9 * H200.l2_bytes)
+    assert found["swizzle"].ratio == pytest.approx(slab)
+    assert regions(many, H200, Histogram.of([130] * 64))["tail"].helps
