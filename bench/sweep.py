@@ -1,8 +1,9 @@
-"""Times every candidate configuration of each kernel: the facts behind dispatch/select.py.
+"""Times candidates of each kernel: decode, plan, combine and route beside the two products.
 
 `python -m bench.sweep` compiles the candidates in parallel and then times the two products, the
 decode kernels, plan, combine and route one by one, over rotating inputs as the benchmark does. It
-is a sweep of kernels, not a tuner: nothing reads its output but people.
+is a sweep of kernels for people; costs are fitted to `bench.regret`, which knows tails, shared
+reductions and stores by descriptor too.
 """
 
 from __future__ import annotations
