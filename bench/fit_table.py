@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.regret import SHAPES
+from tilewise.dispatch.config import KernelConfig
 from tilewise.dispatch.rules import rule
+from tilewise.dispatch.space import space
 from tilewise.dispatch.table import Table
 from tilewise.target import Target
 from tilewise.tune import fit, measure
@@ -42,8 +45,17 @@ def table(rows: Sequence[dict[str, Any]], target: Target, meta: dict[str, Any]) 
             lambda row: measure.product(SHAPES[row["shape"]], row["stage"], row["T"]),
         )
         ruled = [rule(case.gemm, target) for case in cases]
+        cases = [
+            _of_the_space(case, rules, target) for case, rules in zip(cases, ruled, strict=True)
+        ]
         stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, VARIANTS, ruled)))
     return Table(meta, *stages)
+
+
+def _of_the_space(case: fit.Case, ruled: KernelConfig, target: Target) -> fit.Case:
+    """Without what was timed once and has left the space since."""
+    kept = {*space(case.gemm, target), ruled}
+    return replace(case, times_us={c: us for c, us in case.times_us.items() if c in kept})
 
 
 def main() -> None:

@@ -191,10 +191,10 @@ def shared_memory(config: KernelConfig, gemm: GroupedGemm) -> int:
         epilogue = config.block_m * config.block_n * 4 * gemm.num_weights
     if config.persistent:  # The next tile's loads are in flight while this one is stored.
         parts = config.store_parts
-        staging = config.block_m * config.block_n // max(1, parts) + (128 if parts else 0)
-        if not parts and gemm.num_weights == 1:  # A pair's result is laid out anew to be stored.
-            staging = 0
-        staged += max(staging, config.num_warps * 8 * config.block_n) * gemm.itemsize
+        staging = config.block_m * config.block_n // parts + 128 if parts else 0
+        # A pair's result is laid out anew to be stored by pointers.
+        anew = 8 if parts or gemm.num_weights == 1 else 16
+        staged += max(staging, config.num_warps * anew * config.block_n) * gemm.itemsize
     return max(staged, epilogue) + 1024
 
 
