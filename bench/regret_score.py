@@ -24,7 +24,7 @@ from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
-from tilewise.dispatch.select import robust
+from tilewise.dispatch.select import bucketed, robust
 from tilewise.dispatch.table import StageTable
 from tilewise.target import Target
 from tilewise.tune import fit, measure
@@ -144,7 +144,9 @@ def policies(rows: Sequence[Row]) -> tuple[dict[str, Policy], float]:
 
     return {
         "tilewise_model": model,
-        "tilewise_static": lambda row: robust(shipped[row["stage"]], gemm_of(row), TARGET),
+        "tilewise_static": lambda row: robust(
+            shipped[row["stage"]], bucketed(gemm_of(row)), TARGET
+        ),
         "uniform_static": uniform,
         "ramp": ramp(rows, relative=False),
         "ramp_relative": ramp(rows, relative=True),
@@ -208,6 +210,8 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
                 | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
             )
     data["refit_s"] = round(seconds, 2)
+    for key in ("profiling_s", "select_us", "foreign", "unseen_shapes"):
+        data.setdefault(key, None)  # Measured by other programs; null says that they were not.
     data["noise_floor"] = {
         group: quantiles([noise(r) for r in rows if group in groups(r)])
         for group in ("fit", "held out")

@@ -58,10 +58,11 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """
     if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
         return rule(gemm, target)
-    return _robust(_bucketed(gemm), target)
+    return _robust(bucketed(gemm), target)
 
 
-def _bucketed(gemm: GroupedGemm) -> GroupedGemm:
+def bucketed(gemm: GroupedGemm) -> GroupedGemm:
+    """The product at the token count that stands for this one's."""
     tokens = bucket(gemm.max_segment_rows)
     top_k = -(-gemm.max_rows // gemm.max_segment_rows)
     return replace(gemm, max_rows=tokens * top_k, max_segment_rows=tokens)
@@ -155,4 +156,4 @@ def choose_pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewAct
     """
     if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
         return choose(gemm, target), None
-    return _pair(_bucketed(gemm), target)
+    return _pair(bucketed(gemm), target)
