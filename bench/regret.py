@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from bench.machine import describe
+from bench.machine import describe, require_gpu
 from tilewise.dispatch.config import KernelConfig
 from tilewise.dispatch.rules import rule
 from tilewise.dispatch.space import space
@@ -142,6 +142,7 @@ def measure_cell(
 
 def measure_all(options: argparse.Namespace) -> None:
     """Measures what is not in the file yet; saves after each row."""
+    require_gpu()
     deadline = time.monotonic() + options.time_limit
     target = Target.probe("cuda")
     wanted = list(cells(options.shapes))

@@ -47,6 +47,11 @@ def buckets(num_tokens: int) -> list[int]:
     return tops
 
 
+def costs_speak(gemm: GroupedGemm, target: Target) -> bool:
+    """Whether costs were fitted for such a product and machine, and for as few tokens."""
+    return gemm.max_segment_rows >= FEWEST and stage_table(gemm, target) is not None
+
+
 def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
     """The configuration for a grouped GEMM when only host facts are known.
 
@@ -56,7 +61,7 @@ def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
         A legal configuration for `target`. Depends on the arguments alone, where no profile was
         measured for this product.
     """
-    if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
+    if not costs_speak(gemm, target):
         return rule(gemm, target)
     return _robust(bucketed(gemm), target)
 
@@ -154,6 +159,6 @@ def choose_pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewAct
     keeps the robust one alone unless the mean over the families gains `GAIN`, the idle launch paid,
     and none loses more than `LOSS`.
     """
-    if stage_table(gemm, target) is None or gemm.max_segment_rows < FEWEST:
+    if not costs_speak(gemm, target):
         return choose(gemm, target), None
     return _pair(bucketed(gemm), target)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch.config import KernelConfig
+from ..dispatch.select import costs_speak
 from ..models import MoEShape
 from ..target import Target
 from .activation import SWIGLU, Activation
@@ -106,6 +107,12 @@ def _as_run(layer: LayerConfig, gated: bool) -> LayerConfig:
     if not gated or not isinstance(config, KernelConfig) or config.descriptors:
         return layer  # Gate and up by descriptor are a pair, with one accumulator.
     return replace(layer, gate_up=replace(config, split_k=1))
+
+
+def _source(problem: LayerProblem, layer: LayerConfig, target: Target) -> str:
+    """Where the choice came from: costs fitted on such a machine, or rules."""
+    fitted = layer.path == "grouped" and any(costs_speak(g, target) for g in problem.gemms())
+    return "fitted costs" if fitted else "closed form"
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ def explain(
     return Explanation(
         machine.arch,
         layer,
-        "given" if config else "closed form",
+        "given" if config else _source(problem, layer, machine),
         active_experts,
         weight_bytes,
         moved,
