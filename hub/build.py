@@ -19,7 +19,7 @@ from pathlib import Path
 HUB = Path(__file__).resolve().parent
 SRC = HUB.parent / "src" / "tilewise"
 # Hosts, command line and what needs another package stay behind.
-LEFT_OUT = ("__main__.py", "cli", "integrations", "py.typed")
+LEFT_OUT = ("__main__.py", "cli", "integrations", "py.typed", "tune")
 # Where ops.py and layer.py name their namespace.
 NAMESPACE = re.compile(r'torch\.ops\.tilewise\.|Library\("tilewise"|"tilewise::')
 
@@ -40,7 +40,7 @@ def backends() -> list[str]:
 def sources() -> dict[str, str]:
     """Text of each file by path in the kernel, with the operators' namespace still ours."""
     files: dict[str, str] = {}
-    for path in sorted(SRC.rglob("*.py")):
+    for path in sorted([*SRC.rglob("*.py"), *SRC.rglob("tables/*.json")]):
         relative = path.relative_to(SRC)
         if relative.parts[0] not in LEFT_OUT and "__pycache__" not in relative.parts:
             files[relative.as_posix()] = path.read_text()

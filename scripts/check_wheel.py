@@ -16,6 +16,8 @@ assert tilewise.__file__.startswith(sys.argv[1]), tilewise.__file__
 layer = tilewise.FusedMoE(tilewise.MoEShape(4, 2, 32, 16), dtype=torch.float32)
 with torch.no_grad():
     assert layer(torch.randn(3, 32)).isfinite().all()
+from tilewise.dispatch.table import shipped
+assert shipped("sm_90") is not None, "no fitted costs in the wheel"
 print("the installed wheel works: tilewise", tilewise.__version__)
 """
 
