@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.peers import base
 from bench.regret import SHAPES
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import features
 from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
 from tilewise.dispatch.select import WORST
-from tilewise.dispatch.table import DOUBT, REACH, place
+from tilewise.dispatch.table import corrections, place
 from tilewise.models import MoEShape
 from tilewise.target import Target
 from tilewise.tune import fit, measure
@@ -88,6 +89,7 @@ def cells() -> Iterator[tuple[str, int, str, str]]:
 
 def compile_some(configs: Sequence[KernelConfig]) -> str:
     """Runs each configuration on small layers, which compiles it; for a pool of processes."""
+    base.use_folder()
     fused_moe = importlib.import_module("bench.peers.vllm_moe")._import()[0]
     package = importlib.import_module("vllm.model_executor.layers.fused_moe")
     failed = ""
@@ -114,6 +116,7 @@ def compile_some(configs: Sequence[KernelConfig]) -> str:
 def measure_all(options: argparse.Namespace) -> None:
     """Times every cell that the time limit allows; saves after each shape."""
     machine.require_gpu()
+    base.use_folder()
     began, configs = time.monotonic(), configurations()
     context = multiprocessing.get_context("spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -231,17 +234,18 @@ class Costs:
                 times,
                 [min(1.0, b / t) ** fit.RACE for b, t in zip(best, times, strict=True)],
             )
-        self.exemplars = [
-            (
-                self._place(row),
-                {
-                    c: math.log(_mean(row, c.name) / self._bare(c, self._values(c, row)))
-                    for c in self.configs
+        self.exemplars = fit.exemplars(
+            [self._place(row) for row in rows],
+            [
+                tuple(
+                    math.log(_mean(row, c.name) / self._bare(c, self._values(c, row)))
                     if c.name in row["times_us"]
-                },
-            )
-            for row in rows
-        ]
+                    else None
+                    for c in self.configs
+                )
+                for row in rows
+            ],
+        )
 
     def _values(self, config: KernelConfig, row: Mapping[str, Any]) -> Values:
         shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
@@ -257,20 +261,11 @@ class Costs:
 
     def of(self, shape: MoEShape, tokens: int, histogram: Histogram) -> dict[KernelConfig, float]:
         """Microseconds by configuration."""
-        here = place(products(shape, tokens)[0], histogram)
-        near = []
-        for where, residual in self.exemplars:
-            distance = sum((a - b) ** 2 for a, b in zip(here, where, strict=True))
-            weight = math.exp(-0.5 * distance / REACH**2)
-            if weight > 1e-4:
-                near.append((weight, residual))
-        out = {}
-        for c in self.configs:
-            known = [(w, residual[c]) for w, residual in near if c in residual]
-            shift = sum(w * r for w, r in known) / (DOUBT + sum(w for w, _ in known))
-            values = described(c, shape, tokens, histogram, self.target)
-            out[c] = self._bare(c, values) * math.exp(shift)
-        return out
+        shifts = corrections(place(products(shape, tokens)[0], histogram), self.exemplars)
+        return {
+            c: self._bare(c, described(c, shape, tokens, histogram, self.target)) * math.exp(shift)
+            for c, shift in zip(self.configs, shifts, strict=True)
+        }
 
     def static(self, shape: MoEShape, tokens: int) -> KernelConfig:
         """Robust over the families, as `dispatch.select` chooses for our own kernels."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from bench.machine import describe, require_gpu
+from bench.machine import commit, describe, require_gpu
 from tilewise.dispatch.config import KernelConfig
 from tilewise.dispatch.rules import rule
 from tilewise.dispatch.space import space
@@ -46,13 +47,12 @@ FIT = [("uniform", t) for t in (8, 32, 128, 512, 2048, 8192)] + [
 ]
 HELD_OUT = [("zipf1.2", 24), ("dirichlet3", 96), ("bimodal", 700)]
 OF_UNSEEN = [
-    ("uniform", 32), ("uniform", 128), ("uniform", 1024), ("hot", 32), ("hot", 128),
-    ("zipf1.2", 48), ("zipf1.2", 2048), ("few0.25", 64),
-]  # fmt: skip
-OUT = [("zipf1.2", 24), ("dirichlet3", 100), ("bimodal", 700)]
-OF_UNSEEN = [
     ("uniform", 8), ("uniform", 128), ("uniform", 1024), ("hot", 32), ("hot", 300),
     ("zipf1.2", 48), ("zipf1.2", 2048), ("few0.25", 64),
+]  # fmt: skip
+# Further cases that costs are fitted to, and nothing is scored on.
+MORE = [("uniform", t) for t in (4, 16, 64, 256, 1024, 4096)] + [
+    *(("hot", t) for t in (4, 16, 64, 256, 1024)), ("zipf1.2", 64), ("zipf1.2", 1024),
 ]  # fmt: skip
 OUT = Path(__file__).parent / "results" / "h200_regret.json"
 
@@ -68,9 +68,14 @@ class Cell:
     split: str
 
 
-def cells(shapes: Sequence[str]) -> Iterator[Cell]:
-    """The named rows, shape by shape."""
+def cells(shapes: Sequence[str], more: bool = False) -> Iterator[Cell]:
+    """The named rows, shape by shape; `more`: those that costs are only fitted to."""
     for shape in shapes:
+        if more and shape not in UNSEEN_MODELS:
+            for (routing, tokens), stage in itertools.product(MORE, measure.STAGES):
+                yield Cell(shape, stage, tokens, routing, "fit")
+        if more:
+            continue
         unseen = shape in UNSEEN_MODELS
         for routing, tokens in OF_UNSEEN if unseen else FIT + HELD_OUT:
             split = "held_out" if unseen or (routing, tokens) in HELD_OUT else "fit"
@@ -137,6 +142,7 @@ def measure_cell(
         "histogram": fingerprint(sizes[0]),
         "times_us": {c.name: [round(t, 3) for t in halves] for c, halves in times.items()},
         "failed": failed,
+        "commit": commit(),
     }
 
 
@@ -145,7 +151,7 @@ def measure_all(options: argparse.Namespace) -> None:
     require_gpu()
     deadline = time.monotonic() + options.time_limit
     target = Target.probe("cuda")
-    wanted = list(cells(options.shapes))
+    wanted = list(cells(options.shapes, options.more))
     data = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     done = {tuple(row[k] for k in ("shape", "stage", "T", "routing")) for row in data["rows"]}
     wanted = [c for c in wanted if (c.shape, c.stage, c.T, c.routing) not in done]
@@ -175,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.regret")
     parser.add_argument("command", choices=["measure"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--more", action="store_true", help="cases that costs are only fitted to")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--time-limit", type=float, default=3600.0, metavar="S")

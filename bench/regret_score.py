@@ -20,17 +20,18 @@ import numpy as np
 
 from bench.fit_table import VARIANTS
 from bench.regret import OUT, SHAPES, UNSEEN_MODELS
-from tilewise.dispatch.config import GroupedGemm, KernelConfig
+from tilewise.dispatch.config import FewActive, GroupedGemm, KernelConfig
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
-from tilewise.dispatch.select import bucketed, robust
+from tilewise.dispatch.select import bucketed, idle_us, pair, robust
 from tilewise.dispatch.table import StageTable
 from tilewise.target import Target
 from tilewise.tune import fit, measure
 
 Row = Mapping[str, Any]
 Policy = Callable[[Row], KernelConfig]
+COUNTED = "tilewise_dynamic"  # Its times hold the launch that had nothing to do.
 TARGET = Target.from_arch("sm_90")
 
 
@@ -117,8 +118,10 @@ def nearest(rows: Sequence[Row]) -> Policy:
     return choose
 
 
-def policies(rows: Sequence[Row]) -> tuple[dict[str, Policy], float]:
-    """Every policy fitted on these rows, and the seconds that our own fit took."""
+def policies(
+    rows: Sequence[Row],
+) -> tuple[dict[str, Policy], Callable[[Row], float], float]:
+    """Every policy fitted on these rows, what COUNTED pays, the seconds that our own fit took."""
     began = time.monotonic()
     full: dict[str, StageTable] = {}
     shipped: dict[str, StageTable] = {}
@@ -142,17 +145,36 @@ def policies(rows: Sequence[Row]) -> tuple[dict[str, Policy], float]:
         timed = {c: v for c, v in cost.items() if c.name in row["times_us"]}
         return min(timed, key=timed.__getitem__)
 
-    return {
+    def pair_of(row: Row) -> tuple[KernelConfig, FewActive | None]:
+        return pair(shipped[row["stage"]], bucketed(gemm_of(row)), TARGET)
+
+    def dynamic(row: Row) -> KernelConfig:
+        many, few = pair_of(row)
+        active = Histogram.of(row["sizes"][0]).active
+        return few.config if few is not None and active <= few.up_to else many
+
+    def idle(row: Row) -> float:
+        many, few = pair_of(row)
+        if few is None:
+            return 0.0
+        gemm = gemm_of(row)
+        if dynamic(row) == many:
+            return idle_us(few.config, gemm, TARGET, few.up_to)
+        return idle_us(many, gemm, TARGET, gemm.num_segments)
+
+    chosen = {
         "tilewise_model": model,
         "tilewise_static": lambda row: robust(
             shipped[row["stage"]], bucketed(gemm_of(row)), TARGET
         ),
+        COUNTED: dynamic,
         "uniform_static": uniform,
         "ramp": ramp(rows, relative=False),
         "ramp_relative": ramp(rows, relative=True),
         "nearest": nearest(rows),
         "rule": lambda row: rule(gemm_of(row), TARGET),
-    }, seconds
+    }
+    return chosen, idle, seconds
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -182,7 +204,7 @@ def mean_us(row: Row, name: str) -> float:
 def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
     """Adds to each row what every policy chose, and returns the summary."""
     rows = data["rows"]
-    chosen_by, seconds = policies([row for row in [*rows, *extra] if row["split"] == "fit"])
+    chosen_by, idle, seconds = policies([row for row in [*rows, *extra] if row["split"] == "fit"])
     regrets: dict[str, dict[str, list[float]]] = {}
     gains: dict[str, list[float]] = {}
     slower = []
@@ -192,9 +214,11 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
             name = choose(row).name
             if name not in row["times_us"]:
                 continue
-            row["chosen"][policy] = {"config": name, "us_net": round(mean_us(row, name), 2)}
+            paid = idle(row) if policy == COUNTED else 0.0
+            took_us = round(mean_us(row, name) + paid, 2)
+            row["chosen"][policy] = {"config": name, "us_net": took_us}
             for group in groups(row):
-                value = regret(row, name)
+                value = regret(row, name) + paid / mean_us(row, name)
                 regrets.setdefault(policy, {}).setdefault(group, []).append(value)
         took = {policy: one["us_net"] for policy, one in row["chosen"].items()}
         band = "T<=32" if row["T"] <= 32 else "T<=512" if row["T"] <= 512 else "T>512"
@@ -204,6 +228,8 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
                 gains.setdefault(f"model over uniform static, {key}", []).append(gain)
                 gain = took["tilewise_static"] / took["tilewise_model"]
                 gains.setdefault(f"model over robust static, {key}", []).append(gain)
+                gain = took["tilewise_static"] / took[COUNTED]
+                gains.setdefault(f"dynamic over robust static, {key}", []).append(gain)
         if "rule" in took and took["tilewise_static"] > 1.01 * took["rule"]:
             slower.append(
                 {key: row[key] for key in ("shape", "stage", "T", "routing")}

@@ -13,9 +13,17 @@ from tilewise.dispatch.histogram import Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
 from tilewise.dispatch.select import FEWEST, bucket, buckets, choose
 from tilewise.dispatch.space import space
-from tilewise.dispatch.table import Exemplar, StageTable, shipped, stage_table
+from tilewise.dispatch.table import (
+    WIDE,
+    StageTable,
+    corrections,
+    shipped,
+    smoothed,
+    stage_table,
+)
 from tilewise.models import MODELS
 from tilewise.target import CATALOGUE, Target
+from tilewise.tune.fit import exemplars
 
 H200 = Target.from_arch("sm_90")
 DOWN = GroupedGemm(1024, 128, 128, 2048, 768)
@@ -82,10 +90,20 @@ def test_exemplars_speak_nearby_and_not_afar() -> None:
     place = tuple(
         math.log2(v) for v in (here.largest, here.rows / here.active, here.active, 2048, 768)
     )
-    for distance, wanted in ((0.0, 10 * 2 ** (1 / 1.1)), (3.0, 10.0)):
-        exemplar = Exemplar((place[0] + distance, *place[1:]), {config: math.log(2)})
+    # One exemplar weighs 1 against a doubt of 1, then the rest of it 1 against 0.3.
+    there = 10 * 2 ** (1 / 2 + 1 / 2 / 1.3)
+    for distance, wanted in ((0.0, there), (1.5, 10 * 2**0.383), (12.0, 10.0)):
+        (exemplar,) = exemplars([(place[0] + distance, *place[1:])], [(math.log(2),)])
         table = replace(bare, exemplars=(exemplar,))
-        assert table.costs(DOWN, H200, here)[config] == pytest.approx(wanted)
+        assert table.costs(DOWN, H200, here)[config] == pytest.approx(wanted, rel=1e-2)
+
+
+def test_what_was_not_timed_corrects_nothing() -> None:
+    first, second = exemplars([(0.0,), (0.0,)], [(1.0, None), (None, -1.0)])
+    assert first.rest[1] is None and second.rest[0] is None
+    wide = smoothed((0.0,), [(0.0,), (0.0,)], [first.residual, second.residual], WIDE)
+    assert wide == pytest.approx([0.5, -0.5])
+    assert corrections((0.0,), ()) == []
 
 
 def test_a_table_survives_its_file() -> None:

@@ -70,7 +70,8 @@ def test_account_of_a_tiny_call_by_hand() -> None:
     assert report.activation_bytes == (2 * 3 * 64 + 2 * rows * 32 + 2 * rows * 64) * 2 + 8 * ints
     # 36864 B of weights and 768 B of tokens at 4800 GB/s: memory bound.
     assert report.floor_us == pytest.approx((36864 + 768) / 4800e9 * 1e6)
-    assert (report.target, report.source, report.active_experts) == ("sm_90", "closed form", 3)
+    assert (report.target, report.source, report.active_experts) == ("sm_90", "fitted costs", 3)
+    assert explain(TINY, 2, target=H200).source == "closed form"
 
 
 def test_floor_of_a_large_call_is_arithmetic() -> None:

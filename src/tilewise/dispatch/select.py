@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..ragged import max_tiles
@@ -19,11 +20,13 @@ from .rules import rule
 from .table import StageTable, stage_table
 
 WORST = 0.2  # Weight of the worst family beside the mean over all of them.
-MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err.
+MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err,
+FEW_MARGIN = 0.1  # which is more below the fewest tokens that costs were fitted to.
 GAIN = 0.1  # A second launch must gain more than costs err where nothing was measured,
 LOSS = 0.01  # and cost no family more than this.
 IDLE_US, IDLE_US_PROGRAM = 1.2, 0.0055  # Of a launch whose programs leave, on an H200.
-FEWEST = 4  # Tokens; costs were fitted from here on.
+FITTED_FROM = 4  # Tokens.
+FEWEST = 3  # Tokens; below, the rule decides alone.
 STEPS = 4  # Buckets an octave of tokens.
 
 
@@ -86,7 +89,14 @@ def robust(table: StageTable, gemm: GroupedGemm, target: Target) -> KernelConfig
     if not scores:
         return ruled
     best = min(scores, key=scores.__getitem__)
-    return ruled if scores.get(ruled, math.inf) <= (1 + MARGIN) * scores[best] else best
+    margin = MARGIN if gemm.max_segment_rows >= FITTED_FROM else FEW_MARGIN
+    return ruled if _score_of(ruled, scores) <= (1 + margin) * scores[best] else best
+
+
+def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float]) -> float:
+    """A configuration's score; that of a twin with other stages where it was not fitted itself."""
+    twins = (s for c, s in scores.items() if replace(c, num_stages=config.num_stages) == config)
+    return scores.get(config, min(twins, default=math.inf))
 
 
 def robust_scores(
@@ -124,8 +134,16 @@ def idle_us(config: KernelConfig, gemm: GroupedGemm, target: Target, segments: i
 
 @functools.lru_cache(maxsize=16384)
 def _pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewActive | None]:
-    table, static = stage_table(gemm, target), _robust(gemm, target)
+    table = stage_table(gemm, target)
     assert table is not None
+    return pair(table, gemm, target)
+
+
+def pair(
+    table: StageTable, gemm: GroupedGemm, target: Target
+) -> tuple[KernelConfig, FewActive | None]:
+    """The robust configuration, or two of them where the guard lets a second launch in."""
+    static = robust(table, gemm, target)
     tokens, experts = gemm.max_segment_rows, gemm.num_segments
     top_k = max(1, gemm.max_rows // tokens)
 

@@ -34,11 +34,20 @@ class Gain:
 
 def gain(profile: store.Profile) -> Gain | None:
     """Both choices on every case that has times of both, None without a table."""
+    pairs = choices(profile)
+    if not pairs:
+        return None
+    means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+    return Gain(means[0], means[1], len(pairs))
+
+
+def choices(profile: store.Profile) -> list[tuple[float, float]]:
+    """For each case the time over the fastest's: of the choice without the profile, and with it."""
     target = profile.target
     table = store.fitted(profile, target, CHOOSE)
+    pairs: list[tuple[float, float]] = []
     if table is None:
-        return None
-    pairs = []
+        return pairs
     for stage in STAGES:
         chosen_by, scored_by = (store.cases(profile, stage, half) for half in (CHOOSE, SCORE))
         for seen, unseen in zip(chosen_by, scored_by, strict=True):
@@ -49,10 +58,7 @@ def gain(profile: store.Profile) -> Gain | None:
             us = unseen.times_us
             if before in us and after in us:
                 pairs.append((us[before] / us[best], us[after] / us[best]))
-    if not pairs:
-        return None
-    means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
-    return Gain(means[0], means[1], len(pairs))
+    return pairs
 
 
 def _choice(table: Table | None, stage: str, gemm: GroupedGemm, target: Target) -> KernelConfig:

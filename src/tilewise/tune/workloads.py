@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch.select import FEWEST, bucket
+from ..dispatch.select import FITTED_FROM, bucket
 from ..models import MoEShape
 from . import measure
 from .routings import expert_ids, fingerprint, sizes_of
@@ -67,12 +67,12 @@ def token_counts(max_tokens: int) -> list[int]:
     Raises:
         ValueError: fewer tokens than any cost speaks for.
     """
-    if max_tokens < FEWEST:
+    if max_tokens < FITTED_FROM:
         raise ValueError(
-            f"max_tokens={max_tokens} must be at least {FEWEST}: below, a rule decides"
+            f"max_tokens={max_tokens} must be at least {FITTED_FROM}: below, a rule decides"
         )
-    ratio = max_tokens / FEWEST
-    counts = [bucket(round(FEWEST * ratio ** (i / (COUNTS - 1)))) for i in range(COUNTS)]
+    ratio = max_tokens / FITTED_FROM
+    counts = [bucket(round(FITTED_FROM * ratio ** (i / (COUNTS - 1)))) for i in range(COUNTS)]
     return [min(count, max_tokens) for count in counts]
 
 
@@ -94,7 +94,7 @@ def traced(calls: Sequence[Tensor], shape: MoEShape, max_tokens: int) -> list[Wo
     """
     by_count: dict[int, list[Tensor]] = {}
     for ids in calls:
-        if ids.shape[1] == shape.top_k and FEWEST <= ids.shape[0] <= max_tokens:
+        if ids.shape[1] == shape.top_k and FITTED_FROM <= ids.shape[0] <= max_tokens:
             ours = (ids >= 0) & (ids < shape.num_experts)
             if bool(ours.any()):
                 local = torch.where(ours, ids, -1).to(torch.int32).cpu().contiguous()
@@ -102,7 +102,7 @@ def traced(calls: Sequence[Tensor], shape: MoEShape, max_tokens: int) -> list[Wo
     if calls and not by_count:
         seen = sorted({(ids.shape[1], ids.shape[0]) for ids in calls})[:4]
         raise ValueError(
-            f"the traces have no call with top_k={shape.top_k} and {FEWEST} to {max_tokens} "
+            f"the traces have no call with top_k={shape.top_k} and {FITTED_FROM} to {max_tokens} "
             f"tokens; they have (top_k, tokens) {seen}: record this model, or raise --max-tokens"
         )
     usual: dict[int, int] = {}  # Octave: its most frequent batch size.

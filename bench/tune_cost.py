@@ -1,0 +1,83 @@
+"""What `tilewise tune` takes, and what it is worth for layers that no shipped cost was fitted to.
+
+Command: ``python -m bench.tune_cost``. Each layer is profiled by the command itself, in a process
+of its own with an empty kernel cache; the seconds are those of the whole command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import machine
+from bench.measure import PROVENANCE
+from bench.protocol import SHAPES
+from bench.results import Results
+from bench.unseen import UNSEEN_SHAPES
+from tilewise.tune import store
+from tilewise.tune.gain import choices
+
+OUT = Path(__file__).parent / "results" / "h200_tune.json"
+KNOWN = "qwen3-30b-a3b"  # Beside the others: a layer that shipped costs were fitted to.
+
+
+def profiled(sizes: str, limit: float, folder: Path) -> tuple[store.Profile, float]:
+    """Runs the command for one layer; the profile, and the seconds it took."""
+    path = folder / "profile.json"
+    command = [sys.executable, "-m", "tilewise", "tune", sizes, "--out", str(path)]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    began = time.perf_counter()
+    run = subprocess.run(
+        [*command, "--time-limit", str(limit)], env=environment, capture_output=True, text=True
+    )
+    if run.returncode:
+        raise RuntimeError(f"tune {sizes} ended with {run.returncode}: {run.stderr[-500:]}")
+    return store.load(path), time.perf_counter() - began
+
+
+def main() -> None:
+    """Measures, prints and writes the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes = {KNOWN: SHAPES[KNOWN], **UNSEEN_SHAPES}
+    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--time-limit", type=float, default=150.0, metavar="S", help="of a layer")
+    options = parser.parse_args()
+    machine.require_gpu()
+    results = Results(options.out)
+    results.rows = []
+    results.meta = machine.describe() | {
+        "unit": "time over the fastest of a case, chosen by one half of the samples, "
+        "judged by the other; geometric means",
+        "time_limit_s": options.time_limit,
+    }
+    for name in options.shapes:
+        sizes = ",".join(map(str, shapes[name]))
+        with tempfile.TemporaryDirectory() as folder:
+            profile, seconds = profiled(sizes, options.time_limit, Path(folder))
+        shipped, own = zip(*choices(profile), strict=True)
+        ratio = statistics.geometric_mean(a / b for a, b in zip(shipped, own, strict=True))
+        row = {
+            "shape": name, "T": 8192, "routing": "all of tune's", "seconds": round(seconds, 1),
+            "cases": len(profile.rows), "judged": len(own),
+            "shipped": round(statistics.geometric_mean(shipped), 4),
+            "profiled": round(statistics.geometric_mean(own), 4),
+            "shipped_over_profiled": round(ratio, 4), "peers": {},
+        }  # fmt: skip
+        results.put(row | {key: results.meta[key] for key in PROVENANCE})
+        results.save()
+        print(
+            f"{name}: {seconds:.0f} s, {len(profile.rows)} cases; shipped {row['shipped']}, "
+            f"profiled {row['profiled']}, ratio {row['shipped_over_profiled']}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

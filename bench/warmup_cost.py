@@ -1,0 +1,109 @@
+"""Seconds until a layer is compiled from a cold cache, and that nothing compiles after that.
+
+Command: ``python -m bench.warmup_cost``. Each layer is warmed up in a process of its own with an
+empty kernel cache, then called from 1 to 8,192 tokens with two routings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+
+import tilewise
+from bench import machine, protocol
+from bench.measure import PROVENANCE, prepare
+from bench.peers import base
+from bench.protocol import SHAPES
+from bench.results import Results
+from tilewise.models import MoEShape
+
+MAX_TOKENS = 8192
+CALLS = (1, 2, 3, 5, 8, 17, 32, 60, 128, 300, 512, 1500, 2048, 5000, 8192)
+OUT = Path(__file__).parent / "results" / "h200_warmup.json"
+
+
+def compiled() -> int:
+    """Kernels in the process's cache folder."""
+    folder = Path(knobs.cache.dir)
+    return sum(1 for _ in folder.rglob("*.cubin"))
+
+
+def measure_one(name: str, out: Path) -> None:
+    """Warms one layer up in this process, calls it, and writes one row."""
+    s = SHAPES[name]
+    torch.zeros(1, device="cuda")  # The context is not the library's.
+    began = time.perf_counter()
+    variants = tilewise.warmup(MoEShape(*s), max_tokens=MAX_TOKENS)
+    seconds = time.perf_counter() - began
+    before = compiled()
+    peers, _ = base.load(["tilewise"])
+    layers, errors = prepare(peers, *protocol.make_weights(s))
+    assert not errors, errors
+    for tokens in CALLS:
+        for routing in ("uniform", "hot"):
+            sets, _ = protocol.build_sets(routing, tokens, s)
+            layers["tilewise"](*sets[0])
+    torch.cuda.synchronize()
+    row: dict[str, Any] = {
+        "shape": name, "T": MAX_TOKENS, "routing": "uniform, hot", "variants": len(variants),
+        "seconds": round(seconds, 2), "compiled_by_calls": compiled() - before, "peers": {},
+    }  # fmt: skip
+    described = machine.describe()
+    results = Results(out)
+    results.put(row | {key: described[key] for key in PROVENANCE})
+    results.save()
+
+
+def run_one(shape: str, folder: Path) -> Path:
+    """Measures one layer in a fresh process with an empty cache."""
+    out = folder / f"{shape}.json"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / shape)}
+    command = [sys.executable, "-m", "bench.warmup_cost", "--one", shape, "--out", str(out)]
+    subprocess.run(command, env=environment, check=True)
+    return out
+
+
+def main() -> None:
+    """Measures, prints and writes the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--jobs", type=int, default=1, help="layers at a time")
+    parser.add_argument("--one", choices=list(SHAPES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    machine.require_gpu()
+    if options.one:
+        measure_one(options.one, options.out)
+        return
+    results = Results(options.out)
+    results.rows = []
+    results.meta = machine.describe() | {
+        "unit": "seconds of one process and one thread, kernel cache empty",
+        "at_a_time": options.jobs,
+        "calls_after": list(CALLS),
+    }
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        for out in pool.map(partial(run_one, folder=Path(folder)), options.shapes):
+            (row,) = Results(out).rows
+            results.put(row)
+            print(
+                f"{row['shape']}: {row['variants']} variants in {row['seconds']} s, "
+                f"{row['compiled_by_calls']} compiled by calls after that",
+                flush=True,
+            )
+    results.save()
+
+
+if __name__ == "__main__":
+    main()
