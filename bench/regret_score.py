@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import foreign
 from bench.fit_table import VARIANTS
 from bench.regret import OUT, SHAPES, UNSEEN_MODELS
 from tilewise.dispatch.config import FewActive, GroupedGemm, KernelConfig
@@ -236,8 +237,7 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
                 | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
             )
     data["refit_s"] = round(seconds, 2)
-    for key in ("profiling_s", "select_us", "foreign", "unseen_shapes"):
-        data.setdefault(key, None)  # Measured by other programs; null says that they were not.
+    data |= beside(OUT.parent)
     data["noise_floor"] = {
         group: quantiles([noise(r) for r in rows if group in groups(r)])
         for group in ("fit", "held out")
@@ -253,6 +253,28 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
         },
         "gain": {key: round(statistics.geometric_mean(v), 4) for key, v in sorted(gains.items())},
         "static_slower_than_rule": sorted(slower, key=lambda one: -one["over_rule"]),
+    }
+
+
+def beside(folder: Path) -> dict[str, Any]:
+    """What `bench.tune_cost`, `bench.select_cost` and `bench.foreign` measured; None for a gap."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        path = folder / name
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+
+    tuned, selected, foreign_rows = map(
+        rows, ("h200_tune.json", "h200_select_cost.json", "h200_foreign.json")
+    )
+    keys = ("shape", "cases", "shipped", "profiled", "shipped_over_profiled")
+    return {
+        "profiling_s": {row["shape"]: row["seconds"] for row in tuned} or None,
+        "unseen_shapes": [
+            {key: row[key] for key in keys} for row in tuned if row["shape"] not in SHAPES
+        ]
+        or None,
+        "select_us": quantiles([row["select_us"] for row in selected]) if selected else None,
+        "foreign": foreign.score(foreign_rows, TARGET) if foreign_rows else None,
     }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from bench import machine
 from bench.measure import PROVENANCE
 from bench.protocol import SHAPES
+from bench.regret import SHAPES as FITTED
 from bench.results import Results
 from bench.unseen import UNSEEN_SHAPES
 from tilewise.tune import store
@@ -25,6 +26,7 @@ from tilewise.tune.gain import choices
 
 OUT = Path(__file__).parent / "results" / "h200_tune.json"
 KNOWN = "qwen3-30b-a3b"  # Beside the others: a layer that shipped costs were fitted to.
+LAYERS = {**SHAPES, **UNSEEN_SHAPES}
 
 
 def profiled(sizes: str, limit: float, folder: Path) -> tuple[store.Profile, float]:
@@ -44,8 +46,8 @@ def profiled(sizes: str, limit: float, folder: Path) -> tuple[store.Profile, flo
 def main() -> None:
     """Measures, prints and writes the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shapes = {KNOWN: SHAPES[KNOWN], **UNSEEN_SHAPES}
-    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes))
+    usual = [KNOWN, *(name for name in LAYERS if name not in FITTED)]
+    parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=usual)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--time-limit", type=float, default=150.0, metavar="S", help="of a layer")
     options = parser.parse_args()
@@ -58,7 +60,7 @@ def main() -> None:
         "time_limit_s": options.time_limit,
     }
     for name in options.shapes:
-        sizes = ",".join(map(str, shapes[name]))
+        sizes = ",".join(map(str, LAYERS[name]))
         with tempfile.TemporaryDirectory() as folder:
             profile, seconds = profiled(sizes, options.time_limit, Path(folder))
         shipped, own = zip(*choices(profile), strict=True)

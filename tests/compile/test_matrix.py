@@ -22,7 +22,10 @@ SHAPES = {
     "even": (128, 8, 2048, 1024),
     "by16": (60, 4, 1424, 720),
     "odd": (60, 4, 1411, 709),
+    "narrow": (128, 8, 4096, 192),
+    "long": (8, 2, 4096, 14336),
 }
+FEWEST = {"narrow": (3,), "long": (3,)}  # Tokens that are rules of their own there.
 TOKENS = (8, 32, 48, 128, 2048, 8192)
 
 config = load("dispatch.config")
@@ -114,7 +117,8 @@ def grouped_cases() -> list[Any]:
             for stage in ("gate_up", "down"):
                 for shape in SHAPES if FULL or dtype == "bf16" else ("by16",):
                     seen = set()
-                    for count in tokens if shape == "even" else (tokens[0], tokens[-1]):
+                    ends = FEWEST.get(shape, (tokens[0], tokens[-1]))
+                    for count in tokens if shape == "even" else ends:
                         cfg = select.choose(
                             gemm(shape, count, stage, dtype), target_module.Target.from_arch(arch)
                         )

@@ -182,7 +182,10 @@ class TestResults:
 
 @pytest.mark.parametrize(
     "program",
-    ["__main__", "skew", "unseen", "host_cost", "sweep", "batch_invariant", "vllm_engine"],
+    [
+        *("__main__", "skew", "unseen", "host_cost", "sweep", "batch_invariant", "vllm_engine"),
+        *("select_cost", "tune_cost", "warmup_cost"),
+    ],
 )
 def test_without_a_gpu_programs_end_in_one_line(program, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,7 +11,7 @@ from tilewise.dispatch.config import GroupedGemm, KernelConfig, why_illegal
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
-from tilewise.dispatch.select import FEWEST, bucket, buckets, choose
+from tilewise.dispatch.select import FEWEST, bucket, buckets, choose, robust
 from tilewise.dispatch.space import space
 from tilewise.dispatch.table import (
     WIDE,
@@ -145,3 +145,32 @@ def test_the_rule_stands_where_nothing_was_fitted() -> None:
     for arch in ("sm_80", "sm_100", "gfx942"):
         target = CATALOGUE[arch]
         assert choose(DOWN, target) == rule(DOWN, target)
+
+
+def test_a_choice_where_costs_know_less() -> None:
+    """A rule that was not fitted stands for its twin with other stages; below 4 tokens it stays."""
+    wide = MODELS["mixtral-8x7b"]
+
+    def gate_up(tokens: int) -> GroupedGemm:
+        return GroupedGemm(
+            tokens * wide.top_k, tokens, wide.num_experts, wide.intermediate_size,
+            wide.hidden_size, 2, 2, True,
+        )  # fmt: skip
+
+    table = stage_table(gate_up(8), H200)
+    assert table is not None
+    ruled = rule(gate_up(8), H200)
+    twin = replace(ruled, num_stages=4)
+    assert ruled not in table.coefficients and twin in table.coefficients
+    cheap = (1.0, *[0.0] * (len(FEATURES) - 1))
+    dear = (2.0, *cheap[1:])
+    other = replace(twin, block_n=32)
+    assert robust(StageTable({twin: cheap, other: dear}, ()), gate_up(8), H200) == ruled
+    assert robust(StageTable({twin: dear, other: cheap}, ()), gate_up(8), H200) == other
+    strange = StageTable({replace(other, block_k=64): cheap}, ())
+    assert robust(strange, gate_up(8), H200) == replace(other, block_k=64)
+    assert robust(strange, gate_up(3), H200) == rule(gate_up(3), H200)
+    # Extrapolated costs must promise more than 10%.
+    slightly = StageTable({twin: (1.08, *cheap[1:]), other: cheap}, ())
+    assert robust(slightly, gate_up(3), H200) == rule(gate_up(3), H200)
+    assert robust(slightly, gate_up(4), H200) == other

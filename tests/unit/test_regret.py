@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from bench import regret_score
-from bench.regret import SHAPES, cells
+from bench.regret import SHAPES, UNSEEN_MODELS, cells
+from bench.regret_score import beside
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
@@ -85,3 +89,24 @@ def test_regions_by_hand() -> None:
     slab = 8192 * 4096 * 2 / (0.9 * H200.l2_bytes)
     assert found["swizzle"].ratio == pytest.approx(slab)
     assert regions(many, H200, Histogram.of([130] * 64))["tail"].helps
+
+
+def test_further_cases_are_never_scored() -> None:
+    scored = {(c.shape, c.stage, c.T, c.routing) for c in cells(SHAPES) if c.split == "held_out"}
+    more = list(cells(SHAPES, more=True))
+    assert more and all(c.split == "fit" and c.shape not in UNSEEN_MODELS for c in more)
+    assert not scored & {(c.shape, c.stage, c.T, c.routing) for c in more}
+
+
+def test_what_was_measured_beside(tmp_path: Path) -> None:
+    assert set(beside(tmp_path).values()) == {None}
+    row = {"shape": "phi-3.5-moe", "seconds": 54.0, "cases": 44, "shipped": 1.03}
+    row |= {"profiled": 1.02, "shipped_over_profiled": 1.01}
+    fitted = row | {"shape": "glm-4.5-air"}
+    (tmp_path / "h200_tune.json").write_text(json.dumps({"rows": [row, fitted]}))
+    costs = [{"select_us": us} for us in (1.0, 2.0, 9.0)]
+    (tmp_path / "h200_select_cost.json").write_text(json.dumps({"rows": costs}))
+    found = beside(tmp_path)
+    assert found["profiling_s"] == {"phi-3.5-moe": 54.0, "glm-4.5-air": 54.0}
+    assert [one["shape"] for one in found["unseen_shapes"]] == ["phi-3.5-moe"]
+    assert found["select_us"]["median"] == 2.0 and found["select_us"]["max"] == 9.0

@@ -57,7 +57,7 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
 
     if rows <= 16:
         if narrow and rows > 2:  # Too few columns for all multiprocessors: share their reductions.
-            return replace(tile(16, 64, 128, 4, 4), split_k=4)
+            return replace(tile(16, 64, 128, 4, 4), split_k=8 if rows <= 3 else 4)
         if gemm.n >= 2048:
             return replace(tile(16, 64, 128, 4, 5), swap_operands=True)
         return tile(16, 64, 256, 4, 3)
@@ -91,8 +91,12 @@ def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
     if rows <= 32:
         # Few tokens ride on the narrow side of wgmma: weights take its 64 rows.
         if gemm.k > 2048:
-            long = KernelConfig(16, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True)
+            block_k = 256 if rows <= 3 and gemm.k > 8192 else 128
+            long = KernelConfig(16, 64, block_k, 8, 4, 4, swap_operands=True, descriptors=True)
             return replace(long, block_m=32, tail_m=16) if rows > 16 and gemm.k <= 8192 else long
+        if rows <= 3 and gemm.k < 1024:  # 1 to 2% of a layer, with few experts or many.
+            width = 64 if gemm.k <= 256 else 128
+            return KernelConfig(16, width, 64, 8, 4, 4, swap_operands=True, descriptors=True)
         if rows <= 8 and gemm.k >= 512:
             return KernelConfig(16, 128, 128, 8, 4, 3, swap_operands=True, descriptors=True)
         if rows > 16 and gemm.k < 512:

@@ -89,14 +89,16 @@ def robust(table: StageTable, gemm: GroupedGemm, target: Target) -> KernelConfig
     if not scores:
         return ruled
     best = min(scores, key=scores.__getitem__)
-    margin = MARGIN if gemm.max_segment_rows >= FITTED_FROM else FEW_MARGIN
-    return ruled if _score_of(ruled, scores) <= (1 + margin) * scores[best] else best
+    fitted = gemm.max_segment_rows >= FITTED_FROM
+    # What costs say nothing of loses to them only where they were fitted.
+    score = _score_of(ruled, scores, math.inf if fitted else 0.0)
+    return ruled if score <= (1 + (MARGIN if fitted else FEW_MARGIN)) * scores[best] else best
 
 
-def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float]) -> float:
+def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float], unknown: float) -> float:
     """A configuration's score; that of a twin with other stages where it was not fitted itself."""
     twins = (s for c, s in scores.items() if replace(c, num_stages=config.num_stages) == config)
-    return scores.get(config, min(twins, default=math.inf))
+    return scores.get(config, min(twins, default=unknown))
 
 
 def robust_scores(
