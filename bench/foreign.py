@@ -293,7 +293,7 @@ def regret(row: Mapping[str, Any], name: str) -> float:
 
 
 def score(rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Any]:
-    """Regret of each policy on rows that nothing was fitted to, and speed over vLLM's choice."""
+    """Regret of each policy, fitted rows and others apart, and speed over vLLM's choice on both."""
     costs = Costs([row for row in rows if row["split"] == "fit"], target)
     found: dict[str, dict[str, list[float]]] = {}
     speed: dict[str, dict[str, list[float]]] = {}
@@ -339,6 +339,8 @@ def main() -> None:
     if options.command == "measure":
         measure_all(options)
         return
+    if not options.file.exists():
+        parser.error(f"{options.file} does not exist")
     data = json.loads(options.file.read_text())
     print(json.dumps(score(data["rows"], Target.from_arch("sm_90")), indent=1))
 

@@ -1,8 +1,10 @@
-"""Shapes and token counts that nobody tuned for, measured by the benchmark's own protocol.
+"""Shapes and token counts outside the listed ones, measured by the benchmark's own protocol.
 
 ``python -m bench.unseen`` measures the listed shapes between the listed token counts, and other
 shapes at the listed token counts; ``python -m bench.unseen report FILE`` compares both with a file
-of the listed cells.
+of the listed cells. Shipped costs are fitted to cases of two of these shapes (glm-4.5-air and
+kimi-k2-ep8), and to listed shapes at some of these token counts (24, 96): docs/performance.md says
+what holds without them.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class MoEShape:
         """The layer with its intermediate size cut over `tensor_parallel` devices."""
         if tensor_parallel < 1 or self.intermediate_size % tensor_parallel:
             raise ValueError(
-                f"intermediate_size={self.intermediate_size} does not divide by {tensor_parallel}"
+                f"intermediate_size={self.intermediate_size} does not divide by {tensor_parallel}: "
+                "a shard needs a divisor of it"
             )
         size = self.intermediate_size // tensor_parallel
         return MoEShape(self.num_experts, self.top_k, self.hidden_size, size)

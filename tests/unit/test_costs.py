@@ -174,3 +174,43 @@ def test_a_choice_where_costs_know_less() -> None:
     slightly = StageTable({twin: (1.08, *cheap[1:]), other: cheap}, ())
     assert robust(slightly, gate_up(3), H200) == rule(gate_up(3), H200)
     assert robust(slightly, gate_up(4), H200) == other
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("place", [1.0, 2.0, 3.0, 4.0]),
+        ("place", [1.0, 2.0, 3.0, 4.0, float("nan")]),
+        ("residual", [1e4]),
+        ("residual", [float("nan")]),
+        ("residual", ["fast"]),
+        ("rest", []),
+    ],
+)
+def test_a_malformed_table_is_refused(where: str, what: list) -> None:
+    exemplar = {"place": [1.0] * 5, "residual": [0.1], "rest": [None]}
+    name = "64x64x64 g8 w4 s4 D"
+    good = {"coefficients": {name: [1.0] * len(FEATURES)}, "exemplars": [exemplar]}
+    assert StageTable.from_json(good).exemplars
+    with pytest.raises(ValueError, match="exemplar"):
+        StageTable.from_json(good | {"exemplars": [exemplar | {where: what}]})
+    with pytest.raises(ValueError, match="coefficient"):
+        StageTable.from_json(good | {"coefficients": {name: [math.inf]}})
+
+
+def test_rules_for_three_tokens() -> None:
+    """Each was faster in whole layers; above 3 tokens costs decide."""
+    narrow = GroupedGemm(24, 3, 128, 192, 4096, 2, 2, True)
+    assert (
+        rule(narrow, H200).split_k,
+        rule(replace(narrow, max_segment_rows=4), H200).split_k,
+    ) == (8, 4)
+    for k, tile in ((14336, (64, 256)), (4096, (64, 128)), (768, (128, 64)), (192, (64, 64))):
+        found = rule(GroupedGemm(24, 3, 128, 4096, k), H200)
+        assert (found.block_n, found.block_k) == tile and found.swap_operands
+
+
+def test_spilling_walks_are_not_in_the_space() -> None:
+    """With Triton 3.9 pairs of 128 rows and 64 columns in 4 warps spill without store_parts."""
+    walks = [c for c in space(GATE_UP, H200) if c.persistent and c.block_m == 128]
+    assert walks and all(c.store_parts for c in walks if c.num_warps == 4)

@@ -48,3 +48,16 @@ def test_costs_find_the_best_where_times_follow_the_grid() -> None:
     assert held_out["by histogram"]["mean"] < 0.01 < held_out["vllm"]["mean"]
     assert held_out["by histogram"]["rows"] == 18
     assert all(gain >= 0.99 for gain in found["speed_over_vllm_choice"]["by histogram"].values())
+
+
+def test_costs_see_fitted_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def costs(rows: list, target: Target) -> None:
+        seen.extend(rows)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(foreign, "Costs", costs)
+    with pytest.raises(ZeroDivisionError):
+        foreign.score([{"split": "fit"}, {"split": "held_out"}], H200)
+    assert seen == [{"split": "fit"}]

@@ -110,3 +110,30 @@ def test_what_was_measured_beside(tmp_path: Path) -> None:
     assert found["profiling_s"] == {"phi-3.5-moe": 54.0, "glm-4.5-air": 54.0}
     assert [one["shape"] for one in found["unseen_shapes"]] == ["phi-3.5-moe"]
     assert found["select_us"]["median"] == 2.0 and found["select_us"]["max"] == 9.0
+
+
+def test_nothing_is_fitted_to_what_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        make_row("mixtral-8x7b", tokens, family, split)
+        for tokens, family, split in (
+            (8, "uniform", "fit"), (128, "uniform", "fit"), (24, "zipf", "held_out"),
+        )
+    ]  # fmt: skip
+    again = rows[0] | {"times_us": {}}
+    extra = [again, make_row("mixtral-8x7b", 64, "hot", "fit"), rows[2] | {"T": 48}]
+    kept = regret_score.fitted(rows, extra)
+    assert [(row["T"], row["split"]) for row in kept] == [(8, "fit"), (128, "fit"), (64, "fit")]
+    assert kept[0]["times_us"]  # The first one's: each case counts once.
+    seen = []
+    monkeypatch.setattr(regret_score, "policies", lambda given: seen.extend(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        regret_score.score({"rows": rows}, extra)
+    assert [row["T"] for row in seen] == [8, 128, 64]
+
+
+def test_what_left_the_space_is_not_scored() -> None:
+    row = make_row("mixtral-8x7b", 8, "uniform", "fit")
+    gone = "128x64x64 g8 w8 s2 D"
+    row["times_us"][gone] = [0.1, 0.1]
+    left = regret_score.in_space(row)["times_us"]
+    assert gone not in left and SHORT.name in left and gone in row["times_us"]

@@ -19,7 +19,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from tilewise.cli import app
-from tilewise.cli.tune import hinted, parse_shape, recorded
+from tilewise.cli.shapes import parse_shape
+from tilewise.cli.tune import hinted, recorded
 from tilewise.dispatch import profiles, select, table
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import features
@@ -474,9 +475,35 @@ def test_a_layer_that_does_not_fit(machine: Machine, monkeypatch: pytest.MonkeyP
 def test_shapes_of_the_command() -> None:
     assert parse_shape("16, 4,512,256") == SHAPE
     assert parse_shape("qwen3-30b-a3b") == MODELS["qwen3-30b-a3b"]
-    for text in ("1,2,3", "8,9,64,64", "no-model"):
-        with pytest.raises(ValueError):
+    for text, words in {
+        "1,2,3": "four positive integers",
+        "128,8,2048,-768": "four positive integers",
+        "8,2,64,0": "four positive integers",
+        "128,8,2048,abc": "four positive integers",
+        "8,9,64,64": "top_k=9 exceeds",
+        "no-model": "its sizes E,K,H,I",
+        "128x8x2048x768": "its sizes E,K,H,I",
+        "deepseek-v3@tp7": "a shard needs a divisor",
+    }.items():
+        with pytest.raises(ValueError, match=words):
             parse_shape(text)
+
+
+def test_an_older_profile_is_fitted_again(
+    profiled: tuple[store.Profile, Path], machine: Machine
+) -> None:
+    """Its rows are what it is worth: a table that another version wrote is made anew."""
+    made, path = profiled
+    values = json.loads(path.read_text())
+    for stage in ("gate_up", "down"):
+        for exemplar in values["table"][stage]["exemplars"]:
+            del exemplar["rest"]
+    path.write_text(json.dumps(values))
+    assert store.load(path).table is None
+    timed = machine.timed
+    again = run(path)
+    assert machine.timed == timed and again.table == made.table
+    assert store.load(path).table is not None
 
 
 def text_of(output: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from ..models import moe_shape
 from ..target import CHIPS, Target
+from .shapes import HELP, parse_shape
 from .tokens import parse_tokens
 
 # Where there is no GPU and none is named.
@@ -13,7 +13,7 @@ DEFAULT_ARCH = "sm_90"
 
 
 def explain(
-    model: str = typer.Argument(help='A model by name, or a shard of it: "deepseek-v3@tp8".'),
+    model: str = typer.Argument(help=HELP),
     tokens: str = typer.Option("64", help="Token counts: integers, with commas."),
     arch: str = typer.Option("", help='"sm_90", "h100", "gfx942", ...; the GPU here if empty.'),
     dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
@@ -29,7 +29,7 @@ def explain(
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}")
     counts = parse_tokens(tokens)
     try:
-        shape = moe_shape(model)
+        shape = parse_shape(model)
         target = Target.from_arch(arch) if arch else Target.probe()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

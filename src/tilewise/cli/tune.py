@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models import MoEShape, moe_shape
+from ..models import MoEShape
+from .shapes import HELP, parse_shape
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,7 @@ Paths = list[Path] | None
 
 
 def tune(
-    model: Annotated[
-        str, typer.Argument(help='By name, a shard ("deepseek-v3@tp8"), or sizes: E,K,H,I.')
-    ],
+    model: Annotated[str, typer.Argument(help=HELP)],
     max_tokens: int = typer.Option(8192, min=4, help="The largest batch to time."),
     traces: Annotated[
         Paths,
@@ -113,23 +111,6 @@ def tune(
         )
         if worth.after > worth.before:
             console.print(f"[yellow]It gains nothing here: delete {path} to be without it.")
-
-
-def parse_shape(text: str) -> MoEShape:
-    """A model by name, or "E,K,H,I": experts, top_k, hidden and intermediate size.
-
-    Raises:
-        ValueError: neither.
-    """
-    if re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
-        sizes = [int(size) for size in text.split(",")]
-        if len(sizes) != 4:
-            raise ValueError(
-                f"{text!r}: a layer's sizes are E,K,H,I (experts, top_k, hidden, intermediate), "
-                "such as 128,8,2048,768"
-            )
-        return MoEShape(*sizes)
-    return moe_shape(text)
 
 
 def recorded(paths: list[Path], shape: MoEShape) -> list[torch.Tensor]:

@@ -29,6 +29,8 @@ FITTED_FROM = 4  # Tokens.
 FEWEST = 3  # Tokens; below, the rule decides alone.
 STEPS = 4  # Buckets an octave of tokens.
 
+FamilyCosts = Mapping[str, Mapping[KernelConfig, float]]
+
 
 def bucket(num_tokens: int) -> int:
     """The token count that stands for this one: the next of four steps an octave.
@@ -51,7 +53,7 @@ def buckets(num_tokens: int) -> list[int]:
 
 
 def costs_speak(gemm: GroupedGemm, target: Target) -> bool:
-    """Whether costs were fitted for such a product and machine, and for as few tokens."""
+    """Whether costs have a say: fitted for such a product and machine, extrapolated to 3 tokens."""
     return gemm.max_segment_rows >= FEWEST and stage_table(gemm, target) is not None
 
 
@@ -85,7 +87,11 @@ def _robust(gemm: GroupedGemm, target: Target) -> KernelConfig:
 
 def robust(table: StageTable, gemm: GroupedGemm, target: Target) -> KernelConfig:
     """The least mean and worst relative cost over the families of routing, if it beats the rule."""
-    scores, ruled = robust_scores(table, gemm, target), rule(gemm, target)
+    return _robust_of(family_costs(table, gemm, target), gemm, target)
+
+
+def _robust_of(costs: FamilyCosts, gemm: GroupedGemm, target: Target) -> KernelConfig:
+    scores, ruled = robust_scores(costs), rule(gemm, target)
     if not scores:
         return ruled
     best = min(scores, key=scores.__getitem__)
@@ -101,21 +107,21 @@ def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float], unknow
     return scores.get(config, min(twins, default=unknown))
 
 
-def robust_scores(
-    table: StageTable, gemm: GroupedGemm, target: Target
-) -> dict[KernelConfig, float]:
+def family_costs(table: StageTable, gemm: GroupedGemm, target: Target) -> FamilyCosts:
+    """Microseconds of every configuration, by family of routing."""
+    tokens, top_k = gemm.max_segment_rows, max(1, gemm.max_rows // gemm.max_segment_rows)
+    return {
+        family: table.costs(gemm, target, expected_sizes(family, tokens, top_k, gemm.num_segments))
+        for family in FAMILIES
+    }
+
+
+def robust_scores(costs: FamilyCosts) -> dict[KernelConfig, float]:
     """Mean over the families of the time over the best one's, plus `WORST` times the worst."""
-    tokens = gemm.max_segment_rows
     relative: dict[KernelConfig, list[float]] = {}
-    for family in FAMILIES:
-        histogram = expected_sizes(
-            family, tokens, max(1, gemm.max_rows // tokens), gemm.num_segments
-        )
-        costs = table.costs(gemm, target, histogram)
-        if not costs:
-            return {}
-        best = min(costs.values())
-        for config, cost in costs.items():
+    for of_family in costs.values():
+        best = min(of_family.values(), default=1.0)
+        for config, cost in of_family.items():
             relative.setdefault(config, []).append(cost / best)
     return {
         config: sum(values) / len(values) + WORST * max(values)
@@ -144,30 +150,34 @@ def _pair(gemm: GroupedGemm, target: Target) -> tuple[KernelConfig, FewActive | 
 def pair(
     table: StageTable, gemm: GroupedGemm, target: Target
 ) -> tuple[KernelConfig, FewActive | None]:
-    """The robust configuration, or two of them where the guard lets a second launch in."""
-    static = robust(table, gemm, target)
+    """The robust configuration, or two of them where the guard lets a second launch in.
+
+    A rule's configuration that costs do not know stays alone: nothing says what a second one gains.
+    """
+    by_family = family_costs(table, gemm, target)
+    static = _robust_of(by_family, gemm, target)
     tokens, experts = gemm.max_segment_rows, gemm.num_segments
     top_k = max(1, gemm.max_rows // tokens)
-
-    def costs(family: str, active: int = experts) -> dict[KernelConfig, float]:
-        return table.costs(gemm, target, expected_sizes(family, tokens, top_k, active))
-
-    hot, spread = costs("hot"), [costs(family) for family in FAMILIES if family != "hot"]
+    hot = by_family["hot"]
+    spread = [costs for family, costs in by_family.items() if family != "hot"]
     if 2 * top_k > experts or static not in hot:
         return static, None
     few = min(hot, key=hot.__getitem__)
     many = min(hot, key=lambda config: sum(cost[config] / cost[static] for cost in spread))
+    gains = [hot[few] / hot[static], *(cost[many] / cost[static] for cost in spread)]
+    if few == many or sum(gains) > (1 - GAIN) * len(gains):  # Too little, even if idling were free.
+        return static, None
     # Uniform over some of the experts: up to where the other configuration is the better one.
     up_to = active = top_k
     while (active := active * 2) < experts:
-        some = costs("uniform", active)
+        some = table.costs(gemm, target, expected_sizes("uniform", tokens, top_k, active))
         if some[few] > some[many]:
             break
         up_to = active
     changes = [(hot[few] + idle_us(many, gemm, target, experts)) / hot[static]]
     idle = idle_us(few, gemm, target, up_to)
     changes += [(cost[many] + idle) / cost[static] for cost in spread]
-    if few == many or sum(changes) > (1 - GAIN) * len(changes) or max(changes) > 1 + LOSS:
+    if sum(changes) > (1 - GAIN) * len(changes) or max(changes) > 1 + LOSS:
         return static, None
     return many, FewActive(few, up_to)
 

@@ -82,6 +82,8 @@ def _tall(gemm: GroupedGemm) -> Iterator[KernelConfig]:
     for m in (64, 128):
         for n in widths:
             for warps in (4, 8):
+                # A persistent pair without store_parts: 8 bytes, with Triton 3.9 and three stages.
+                spills = pair and m == 128 and warps == 4
                 for stages in (3, 4):
                     plain = KernelConfig(m, n, 64, 8, warps, stages, descriptors=True)
                     yield plain
@@ -90,14 +92,15 @@ def _tall(gemm: GroupedGemm) -> Iterator[KernelConfig]:
                             yield replace(plain, tail_m=tail)
                     for occupancy in (1, 2):
                         walk = replace(plain, persistent=True, occupancy=occupancy)
-                        if not (pair and m == 128 and warps == 4):  # Triton 3.9 spills 8 bytes.
+                        if not spills:
                             yield walk
                         yield replace(walk, store_parts=max(1, n // 128))
                         if m == 128 and n == 128:
                             yield replace(walk, store_parts=2)
                     if m == 128 and stages == 4:  # Weights read again rather than rows.
                         yield replace(plain, group_m=1)
-                        yield replace(plain, group_m=1, persistent=True)
+                        if not spills:
+                            yield replace(plain, group_m=1, persistent=True)
 
 
 def _shared(gemm: GroupedGemm) -> Iterator[KernelConfig]:

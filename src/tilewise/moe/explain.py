@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch.config import KernelConfig
+from ..dispatch.rules import rule
 from ..dispatch.select import costs_speak
 from ..models import MoEShape
 from ..target import Target
@@ -110,9 +111,13 @@ def _as_run(layer: LayerConfig, gated: bool) -> LayerConfig:
 
 
 def _source(problem: LayerProblem, layer: LayerConfig, target: Target) -> str:
-    """Where the choice came from: costs fitted on such a machine, or rules."""
-    fitted = layer.path == "grouped" and any(costs_speak(g, target) for g in problem.gemms())
-    return "fitted costs" if fitted else "closed form"
+    """Where the choice came from: fitted costs, rules that these do not beat, or rules alone."""
+    gemms = problem.gemms()
+    if layer.path != "grouped" or not any(costs_speak(gemm, target) for gemm in gemms):
+        return "closed form"
+    if (layer.gate_up, layer.down) == tuple(rule(gemm, target) for gemm in gemms):
+        return "closed form, which fitted costs do not beat"
+    return "fitted costs"
 
 
 @dataclass(frozen=True)

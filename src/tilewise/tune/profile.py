@@ -44,7 +44,8 @@ def check_possible(shape: MoEShape, target: Target) -> None:
     """
     if target.backend == "cpu":
         raise ValueError(
-            f"a profile is measured on a GPU, and torch {torch.__version__} finds none here"
+            f"a profile is measured on a GPU with wgmma (sm_90: H100, H200), and torch "
+            f"{torch.__version__} finds none here: run this where the layer will be served"
         )
     if not space(measure.product(shape, "down", 64), target):
         raise ValueError(

@@ -85,8 +85,15 @@ def default_path(shape: MoEShape, target: Target) -> Path:
     return folder / f"{target.arch}-{target.num_sms}-{sizes}.json"
 
 
+def _table(values: Any) -> Table | None:
+    try:
+        return Table.from_json(values)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def load(path: Path) -> Profile:
-    """Reads a profile.
+    """Reads a profile; a table that another version fitted counts as none, as rows remain.
 
     Raises:
         OSError: no such file.
@@ -98,7 +105,7 @@ def load(path: Path) -> Profile:
         profile = Profile(
             dict(values["key"]),
             [dict(row) for row in rows],
-            None if table is None else Table.from_json(table),
+            None if table is None else _table(table),
             dict(values.get("meta", {})),
         )
         _ = profile.shape, profile.target

@@ -62,14 +62,14 @@ class Workload:
 
 
 def token_counts(max_tokens: int) -> list[int]:
-    """Up to seven batch sizes from the fewest that costs speak for to `max_tokens`.
+    """Up to seven batch sizes from the fewest that costs are fitted to, to `max_tokens`.
 
     Raises:
-        ValueError: fewer tokens than any cost speaks for.
+        ValueError: fewer tokens than any cost is fitted to.
     """
     if max_tokens < FITTED_FROM:
         raise ValueError(
-            f"max_tokens={max_tokens} must be at least {FITTED_FROM}: below, a rule decides"
+            f"max_tokens={max_tokens} must be at least {FITTED_FROM}: costs are not fitted to fewer"
         )
     ratio = max_tokens / FITTED_FROM
     counts = [bucket(round(FITTED_FROM * ratio ** (i / (COUNTS - 1)))) for i in range(COUNTS)]

@@ -1,0 +1,66 @@
+"""How far fitted costs choose from the best on cases that were left out of the fit.
+
+Command: ``python -m bench.cross_validate`` (minutes, no GPU). Only rows marked "fit" take part. Two
+kinds of folds: one shape at a time, and one pair of routing and token count at a time. Choices are
+by the cost of the actual histogram over the full space; the oracle is cross-validated as in
+`bench.regret_score`. ``--wide REACH DOUBT --narrow REACH DOUBT`` tries other corrections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from bench.regret import OUT
+from bench.regret_score import TARGET, Row, fitted, gemm_of, in_space, regret
+from tilewise.dispatch import table
+from tilewise.dispatch.table import Smoothing
+from tilewise.tune import fit
+
+FOLDS: dict[str, Callable[[Row], Hashable]] = {
+    "shapes": lambda row: row["shape"],
+    "routings and token counts": lambda row: (row["routing"], row["T"]),
+}
+
+
+def losses(rows: Sequence[Row], left_out: Sequence[Row]) -> list[float]:
+    """Regrets on rows left out, of choices by costs fitted to the others."""
+    cases = fit.cases_of(rows, gemm_of)
+    fitted_table = fit.fit_stage(cases, TARGET)
+    found = []
+    for row, case in zip(left_out, fit.cases_of(left_out, gemm_of), strict=True):
+        costs = fit.predicted(fitted_table, case, TARGET)
+        timed = [config for config in costs if config in case.times_us]
+        found.append(regret(row, min(timed, key=costs.__getitem__).name))
+    return found
+
+
+def main() -> None:
+    """Prints the mean and the 95th percentile for both kinds of folds."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cross_validate")
+    parser.add_argument("--extra", type=Path, default=OUT.parent / "h200_profile.json")
+    for name, usual in (("--wide", table.WIDE), ("--narrow", table.NARROW)):
+        parser.add_argument(name, nargs=2, type=float, default=list(usual))
+    options = parser.parse_args()
+    table.WIDE = fit.WIDE = Smoothing(*options.wide)
+    table.NARROW = Smoothing(*options.narrow)
+    rows = [in_space(row) for row in json.loads(OUT.read_text())["rows"]]
+    rows = fitted(rows, json.loads(options.extra.read_text())["rows"])
+    for name, fold_of in FOLDS.items():
+        found: list[float] = []
+        folds = dict.fromkeys((row["stage"], fold_of(row)) for row in rows)
+        for stage, fold in track(list(folds), description=name):
+            of_stage = [row for row in rows if row["stage"] == stage]
+            out = [row for row in of_stage if fold_of(row) == fold]
+            found += losses([row for row in of_stage if fold_of(row) != fold], out)
+        p95 = sorted(found)[round(0.95 * (len(found) - 1))]
+        print(f"{name} left out: mean {statistics.fmean(found):.2%}, p95 {p95:.1%}")
+
+
+if __name__ == "__main__":
+    main()
