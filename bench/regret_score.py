@@ -247,14 +247,16 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
         took = {policy: one["us_net"] for policy, one in row["chosen"].items()}
         band = "T<=32" if row["T"] <= 32 else "T<=512" if row["T"] <= 512 else "T>512"
         for key in (row["routing"], band, "all"):
-            if row["split"] == "held_out":
+            if row["split"] == "held_out" and set(took) >= {"tilewise_static", COUNTED}:
                 gain = took["uniform_static"] / took["tilewise_model"]
                 gains.setdefault(f"model over uniform static, {key}", []).append(gain)
                 gain = took["tilewise_static"] / took["tilewise_model"]
                 gains.setdefault(f"model over robust static, {key}", []).append(gain)
                 gain = took["tilewise_static"] / took[COUNTED]
                 gains.setdefault(f"dynamic over robust static, {key}", []).append(gain)
-        if "rule" in took and took["tilewise_static"] > 1.01 * took["rule"]:
+        if {"rule", "tilewise_static"} <= set(took) and took["tilewise_static"] > 1.01 * took[
+            "rule"
+        ]:
             slower.append(
                 {key: row[key] for key in ("shape", "stage", "T", "routing", "split")}
                 | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
