@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from bench.regret import OUT
-from bench.regret_score import TARGET, Row, fitted, gemm_of, in_space, regret
+from bench.regret import OUT, Row, regret
+from bench.regret_score import TARGET, fitted, gemm_of, in_space
 from tilewise.dispatch import table
 from tilewise.dispatch.table import Smoothing
 from tilewise.tune import fit

@@ -21,8 +21,6 @@ from tilewise.dispatch.table import Table
 from tilewise.target import Target
 from tilewise.tune import fit, measure
 
-VARIANTS = 56
-
 
 def merged(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of all files, each case once, and the files' meta."""
@@ -48,7 +46,7 @@ def table(rows: Sequence[dict[str, Any]], target: Target, meta: dict[str, Any]) 
         cases = [
             _of_the_space(case, rules, target) for case, rules in zip(cases, ruled, strict=True)
         ]
-        stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, VARIANTS, ruled)))
+        stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, fit.VARIANTS, ruled)))
     return Table(meta, *stages)
 
 

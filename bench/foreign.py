@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ import torch
 
 from bench import machine
 from bench.peers import base
-from bench.regret import SHAPES
+from bench.regret import SHAPES, Row, mean_us, regret
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import features
 from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
-from tilewise.dispatch.select import WORST
+from tilewise.dispatch.select import robust_scores
 from tilewise.dispatch.table import corrections, place
 from tilewise.models import MoEShape
 from tilewise.target import Target
@@ -216,7 +216,7 @@ def described(
 class Costs:
     """Fitted costs of the foreign layer, corrected near the rows they were fitted to."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], target: Target) -> None:
+    def __init__(self, rows: Sequence[Row], target: Target) -> None:
         self.target = target
         names = {name: None for row in rows for name in row["times_us"]}
         self.configs = [
@@ -227,8 +227,8 @@ class Costs:
         self.coefficients: dict[KernelConfig, Values] = {}
         for config in self.configs:
             have = [row for row in rows if config.name in row["times_us"]]
-            times = [_mean(row, config.name) for row in have]
-            best = [min(_mean(row, name) for name in row["times_us"]) for row in have]
+            times = [mean_us(row, config.name) for row in have]
+            best = [min(mean_us(row, name) for name in row["times_us"]) for row in have]
             self.coefficients[config] = fit.non_negative(
                 [self._values(config, row) for row in have],
                 times,
@@ -238,7 +238,7 @@ class Costs:
             [self._place(row) for row in rows],
             [
                 tuple(
-                    math.log(_mean(row, c.name) / self._bare(c, self._values(c, row)))
+                    math.log(mean_us(row, c.name) / self._bare(c, self._values(c, row)))
                     if c.name in row["times_us"]
                     else None
                     for c in self.configs
@@ -247,11 +247,11 @@ class Costs:
             ],
         )
 
-    def _values(self, config: KernelConfig, row: Mapping[str, Any]) -> Values:
+    def _values(self, config: KernelConfig, row: Row) -> Values:
         shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
         return described(config, shape, row["T"], histogram, self.target)
 
-    def _place(self, row: Mapping[str, Any]) -> Values:
+    def _place(self, row: Row) -> Values:
         gemm = products(SHAPES[row["shape"]], row["T"])[0]
         return place(gemm, Histogram.of(row["sizes"][0]))
 
@@ -269,30 +269,18 @@ class Costs:
 
     def static(self, shape: MoEShape, tokens: int) -> KernelConfig:
         """Robust over the families, as `dispatch.select` chooses for our own kernels."""
-        relative: dict[KernelConfig, list[float]] = {}
-        for family in FAMILIES:
-            histogram = expected_sizes(family, tokens, shape.top_k, shape.num_experts)
-            costs = self.of(shape, tokens, histogram)
-            for config, cost in costs.items():
-                relative.setdefault(config, []).append(cost / min(costs.values()))
-        return min(relative, key=lambda c: statistics.fmean(relative[c]) + WORST * max(relative[c]))
+        scores = robust_scores(
+            {
+                family: self.of(
+                    shape, tokens, expected_sizes(family, tokens, shape.top_k, shape.num_experts)
+                )
+                for family in FAMILIES
+            }
+        )
+        return min(scores, key=scores.__getitem__)
 
 
-def _mean(row: Mapping[str, Any], name: str) -> float:
-    return statistics.fmean(row["times_us"][name])
-
-
-def regret(row: Mapping[str, Any], name: str) -> float:
-    """Time over the best, which is picked on the other half of the samples."""
-    times = row["times_us"]
-    both = []
-    for pick, judge in ((0, 1), (1, 0)):
-        best = min(times, key=lambda n: times[n][pick])
-        both.append(times[name][judge] / times[best][judge] - 1)
-    return statistics.fmean(both)
-
-
-def score(rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Any]:
+def score(rows: Sequence[Row], target: Target) -> dict[str, Any]:
     """Regret of each policy, fitted rows and others apart, and speed over vLLM's choice on both."""
     costs = Costs([row for row in rows if row["split"] == "fit"], target)
     found: dict[str, dict[str, list[float]]] = {}
@@ -309,7 +297,7 @@ def score(rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Any]:
             if name not in row["times_us"]:
                 continue
             found.setdefault(policy, {}).setdefault(row["split"], []).append(regret(row, name))
-            gain = _mean(row, row["vllm"]) / _mean(row, name)
+            gain = mean_us(row, row["vllm"]) / mean_us(row, name)
             speed.setdefault(policy, {}).setdefault(row["routing"], []).append(gain)
     return {
         "configurations": len(costs.configs),

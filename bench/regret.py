@@ -1,7 +1,7 @@
 """How far a choice of configuration is from the best one: exhaustive times, then policies.
 
 ``python -m bench.regret measure --out FILE`` compiles every configuration of the space and times
-all of them on every named row; ``python -m bench.regret score FILE`` fits the models on the rows
+all of them on every named row; ``python -m bench.regret_score FILE`` fits the models on the rows
 marked "fit", chooses by every policy and scores on halves of the samples that no choice has seen.
 """
 
@@ -12,8 +12,9 @@ import gc
 import itertools
 import json
 import multiprocessing
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ MORE = [("uniform", t) for t in (4, 16, 64, 256, 1024, 4096)] + [
     *(("hot", t) for t in (4, 16, 64, 256, 1024)), ("zipf1.2", 64), ("zipf1.2", 1024),
 ]  # fmt: skip
 OUT = Path(__file__).parent / "results" / "h200_regret.json"
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,20 @@ def measure_cell(
         "failed": failed,
         "commit": commit(),
     }
+
+
+def mean_us(row: Row, name: str) -> float:
+    """Microseconds of a configuration, over both halves of its samples."""
+    return statistics.fmean(row["times_us"][name])
+
+
+def regret(row: Row, name: str) -> float:
+    """Time over the best one's, picked on the other half of the samples."""
+    times, both = row["times_us"], []
+    for pick, judge in ((0, 1), (1, 0)):
+        best = min(times, key=lambda n: times[n][pick])
+        both.append(times[name][judge] / times[best][judge] - 1)
+    return statistics.fmean(both)
 
 
 def measure_all(options: argparse.Namespace) -> None:

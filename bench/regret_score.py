@@ -12,15 +12,14 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import foreign
-from bench.fit_table import VARIANTS
-from bench.regret import OUT, SHAPES, UNSEEN_MODELS
+from bench.regret import OUT, SHAPES, UNSEEN_MODELS, Row, mean_us, regret
 from tilewise.dispatch.config import FewActive, GroupedGemm, KernelConfig
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
@@ -31,7 +30,6 @@ from tilewise.dispatch.table import StageTable
 from tilewise.target import Target
 from tilewise.tune import fit, measure
 
-Row = Mapping[str, Any]
 Policy = Callable[[Row], KernelConfig]
 COUNTED = "tilewise_dynamic"  # Its times hold the launch that had nothing to do.
 TARGET = Target.from_arch("sm_90")
@@ -40,15 +38,6 @@ TARGET = Target.from_arch("sm_90")
 def gemm_of(row: Row) -> GroupedGemm:
     """The product of a row."""
     return measure.product(SHAPES[row["shape"]], row["stage"], row["T"])
-
-
-def regret(row: Row, name: str) -> float:
-    """Time over the best one's, picked on the other half of the samples."""
-    times, both = row["times_us"], []
-    for pick, judge in ((0, 1), (1, 0)):
-        best = min(times, key=lambda n: times[n][pick])
-        both.append(times[name][judge] / times[best][judge] - 1)
-    return statistics.fmean(both)
 
 
 def noise(row: Row) -> float:
@@ -153,7 +142,7 @@ def policies(
         cases = fit.cases_of([r for r in rows if r["stage"] == stage], gemm_of)
         ruled = [rule(case.gemm, TARGET) for case in cases]
         full[stage] = fit.fit_stage(cases, TARGET)
-        shipped[stage] = fit.fit_stage(cases, TARGET, fit.portfolio(cases, VARIANTS, ruled))
+        shipped[stage] = fit.fit_stage(cases, TARGET, fit.portfolio(cases, fit.VARIANTS, ruled))
     seconds = time.monotonic() - began
 
     def model(row: Row) -> KernelConfig:
@@ -219,10 +208,6 @@ def groups(row: Row) -> list[str]:
         return ["fit"]
     unseen = row["shape"] in UNSEEN_MODELS
     return ["held out", "unseen model" if unseen else "unseen tokens and routings"]
-
-
-def mean_us(row: Row, name: str) -> float:
-    return statistics.fmean(row["times_us"][name])
 
 
 def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:

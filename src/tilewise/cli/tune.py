@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,27 +26,17 @@ if TYPE_CHECKING:
 Paths = list[Path] | None
 
 
+def _files(text: str) -> Any:
+    """An option that takes files that exist."""
+    return typer.Option(exists=True, dir_okay=False, help=text)
+
+
 def tune(
     model: Annotated[str, typer.Argument(help=HELP)],
     max_tokens: int = typer.Option(8192, min=4, help="The largest batch to time."),
-    traces: Annotated[
-        Paths,
-        typer.Option(
-            exists=True, dir_okay=False, help="Recorded routing to time too; may be repeated."
-        ),
-    ] = None,
-    hints: Annotated[
-        Paths,
-        typer.Option(
-            exists=True, dir_okay=False, help="vLLM's or SGLang's JSON: configurations to try too."
-        ),
-    ] = None,
-    merge: Annotated[
-        Paths,
-        typer.Option(
-            exists=True, dir_okay=False, help="Profiles of this layer from such machines, to add."
-        ),
-    ] = None,
+    traces: Annotated[Paths, _files("Recorded routing to time too; may be repeated.")] = None,
+    hints: Annotated[Paths, _files("vLLM's or SGLang's JSON: configurations to try too.")] = None,
+    merge: Annotated[Paths, _files("Profiles of this layer from such machines, to add.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Instead of $TILEWISE_PROFILES or ~/.cache/tilewise."),
