@@ -102,7 +102,7 @@ def grouped_arguments(
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
         # Two accumulators are never split.
         "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,
-        "DEPENDENT": dependent, "BOUNDED": bounded,
+        "OVERLAP": 2 * dependent, "BOUNDED": bounded,
         "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
@@ -243,7 +243,8 @@ def test_decode(arch: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("arch", list(ARCHS))
 def test_plan(arch: str) -> None:
-    limit = target_module.Target.from_arch(arch).shared_memory
+    target = target_module.Target.from_arch(arch)
+    limit, dependent = target.shared_memory, target.dependent_launch
     for ids, block, contiguous in (("*i32!", 256, True), ("*i64!", 4096, False)):
         compiled = compile_kernel(
             load("moe.kernels.plan").plan_kernel, arch,
@@ -254,7 +255,7 @@ def test_plan(arch: str) -> None:
                 "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32",
                 "stride_t": "i32", "stride_k": 1, "HAS_MAP": not contiguous,
                 "CONTIGUOUS": contiguous, "COUNTERS": 256 if contiguous else 0, "BLOCK": block,
-                "DEPENDENTS": target_module.Target.from_arch(arch).dependent_launch,
+                "OVERLAP": (1 if contiguous else 2) * dependent,
             }, 4 if block <= 1024 else 8, 3,
         )  # fmt: skip
         assert compiled.shared <= limit
@@ -264,13 +265,14 @@ def test_plan(arch: str) -> None:
 @pytest.mark.parametrize("experts", [8, 256, 2048])
 @pytest.mark.parametrize("arch", list(ARCHS))
 def test_plan_in_two_launches(arch: str, experts: int) -> None:
-    limit = target_module.Target.from_arch(arch).shared_memory
+    target = target_module.Target.from_arch(arch)
+    limit = target.shared_memory
     kernels = load("moe.kernels.plan")
     common = {
         "ids_ptr": "*i32!", "map_ptr": "*i32!", "counts_ptr": "*i32", "num_assignments": "i32",
         "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32", "stride_t": "i32",
         "stride_k": 1, "HAS_MAP": experts == 256, "CONTIGUOUS": experts != 256, "CHUNK": 512,
-        "EXPERTS": experts,
+        "EXPERTS": experts, "OVERLAP": (1 if experts == 8 else 2) * target.dependent_launch,
     }  # fmt: skip
     placed = {
         "sizes_ptr": "*i32!", "offsets_ptr": "*i32!", "gather_ptr": "*i32!",
@@ -297,7 +299,7 @@ def test_combine(arch: str, dtype: str) -> None:
                 "out_ptr": f"*{dtype}!", "hidden_size": "i32!", "top_k": "i32",
                 "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!", "stride_os": "i32!",
                 "ROUTER_WEIGHT": True, "REDUCE": reduce, "BLOCK": 1024,
-                "DEPENDENT": target_module.Target.from_arch(arch).dependent_launch,
+                "OVERLAP": 2 * target_module.Target.from_arch(arch).dependent_launch,
             }, 4, 3,
         )  # fmt: skip
         assert compiled.spilled == 0

@@ -13,7 +13,8 @@ from tests import cases
 from tilewise import ExpertWeights, MoEShape
 from tilewise.dispatch.config import FewActive, KernelConfig
 from tilewise.moe.activation import KINDS, Activation
-from tilewise.moe.forward import OVERLAP_ROWS
+from tilewise.moe.forward import EARLY_ROWS
+from tilewise.moe.plan import SCAN_ASSIGNMENTS
 from tilewise.moe.schedule import LayerProblem, schedule
 
 pytestmark = pytest.mark.gpu
@@ -424,8 +425,9 @@ def test_calls_in_a_row_share_their_memory(shape: MoEShape, captured: bool) -> N
     Pairs of calls, of many sizes, on one workspace and one tensor between the two calls of a pair.
     """
     experts, top_k, hidden = shape.num_experts, shape.top_k, shape.hidden_size
-    counts = (128, 1, 16, 3, 100)
-    assert max(counts) * top_k <= OVERLAP_ROWS
+    counts = (1200, 128, 1, 16, 3, 20)
+    assert 20 * top_k <= EARLY_ROWS < 128 * top_k
+    assert 1200 * top_k > SCAN_ASSIGNMENTS  # Planned by two launches.
     case = cases.Case("row", 1, experts, top_k, hidden, shape.intermediate_size)
     weights = cases.make_inputs(case, torch.bfloat16, "cuda").weights
     xs = [torch.empty(n, hidden, dtype=torch.bfloat16, device="cuda") for n in counts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .kernels.combine import combine_kernel
-from .launch import cdiv, launch, next_power_of_two
+from .launch import Overlap, cdiv, launch, next_power_of_two
 
 
 def combine_into(
@@ -15,7 +15,7 @@ def combine_into(
     topk_weights: torch.Tensor,
     *,
     router_weight: bool,
-    dependent: bool = False,
+    overlap: Overlap = Overlap.NONE,
 ) -> None:
     """Writes the weighted sum over slots, or with `out` [T, top_k, H] every weighted row.
 
@@ -26,7 +26,7 @@ def combine_into(
         scatter: int32 [num_tokens * top_k], the row of each assignment, -1 contributes exactly 0.
         topk_weights: [num_tokens, top_k].
         router_weight: multiply by `topk_weights`; False where the input was scaled already.
-        dependent: launched while the previous kernel still runs.
+        overlap: with the kernel before; not NONE launches this one dependent.
     """
     num_tokens, top_k = topk_weights.shape
     hidden_size = out.shape[-1]
@@ -47,8 +47,8 @@ def combine_into(
         0 if reduce else out.stride(1),
         ROUTER_WEIGHT=router_weight,
         REDUCE=reduce,
-        DEPENDENT=dependent,
+        OVERLAP=int(overlap),
         BLOCK=block,
         num_warps=4,
-        dependent=dependent,
+        dependent=overlap is not Overlap.NONE,
     )

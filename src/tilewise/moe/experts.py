@@ -14,7 +14,7 @@ from ..ragged import Ragged, max_tiles
 from ..target import Target
 from .activation import Activation
 from .kernels.grouped import grouped_gemm_kernel
-from .launch import cdiv, dot_precision, launch, next_power_of_two, upcast_dot
+from .launch import Overlap, cdiv, dot_precision, launch, next_power_of_two, upcast_dot
 
 MAX_RAGGED_ROWS = 2**30  # More than that, a ragged descriptor's wrap-around does not address.
 _IDENTITY = Activation("silu")  # Only its fields' defaults are read, under KIND="none".
@@ -102,7 +102,7 @@ def grouped_gemm_into(
     row_weights: torch.Tensor | None = None,
     activation: Activation | None = None,
     scratch: SplitScratch | None = None,
-    dependent: bool = False,
+    overlap: Overlap = Overlap.NONE,
     active: tuple[int, int] | None = None,
 ) -> None:
     """out[r] = act(x[source(r)] @ gate[e].T, x[source(r)] @ up[e].T) for every planned row r.
@@ -117,7 +117,7 @@ def grouped_gemm_into(
         row_weights: [num_tokens, top_k], scales the products before bias and activation.
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
-        dependent: launched while the previous kernel still runs.
+        overlap: with the kernels before and after; not NONE launches this one dependent.
         active: (more than, at most) experts with rows, else nothing is done; read on the device.
     """
     num_experts, n, k = up.shape
@@ -205,7 +205,7 @@ def grouped_gemm_into(
         SWAP=config.swap_operands,
         SPLIT_K=min(config.split_k, cdiv(k, 2 * config.block_k)) if split else 1,
         TAIL_M=config.tail_m,
-        DEPENDENT=dependent,
+        OVERLAP=int(overlap),
         BOUNDED=active is not None,
         PERSISTENT=config.persistent,
         UPCAST=upcast_dot(x.dtype),
@@ -217,7 +217,7 @@ def grouped_gemm_into(
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        dependent=dependent,
+        dependent=overlap is not Overlap.NONE,
     )
 
 

@@ -13,13 +13,13 @@ from .activation import Activation
 from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
 from .experts import SplitScratch, grouped_gemm_into, suits_descriptor
-from .launch import INTERPRETED, on_device, recording, tf32_allowed
+from .launch import INTERPRETED, Overlap, on_device, recording, tf32_allowed
 from .plan import carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import buffer_sizes, carve, num_counters
 
-# Up to here a launch that overlaps the one before it gains 1%; beyond, it costs up to 3%.
-OVERLAP_ROWS = 1024
+# Up to here a launch that starts early gains 1%; at 16,384 rows and more it costs up to 7%.
+EARLY_ROWS = 256
 
 
 def problem_of(
@@ -317,8 +317,10 @@ def _grouped_into(
     num = num_counters(layer, target)
     first = plan_ints(num_rows, num_local)
     counters = ints[first : first + 2 * num] if num else None
-    overlap = target.dependent_launch and not INTERPRETED and num_rows <= OVERLAP_ROWS
-    plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, dependents=overlap)
+    overlap = Overlap.NONE
+    if target.dependent_launch and not INTERPRETED:
+        overlap = Overlap.EARLY if num_rows <= EARLY_ROWS else Overlap.LATE
+    plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, overlap)
     for config, active in launches(layer.gate_up, layer.gate_up_few, num_local):
         grouped_gemm_into(
             act, hidden_states, gate, up, ragged, config, target,
@@ -326,16 +328,16 @@ def _grouped_into(
             row_weights=topk_weights if apply_router_weight_on_input else None,
             activation=activation,
             scratch=None if counters is None else SplitScratch(partials, counters[:num]),
-            dependent=overlap, active=active,
+            overlap=overlap, active=active,
         )  # fmt: skip
     for config, active in launches(layer.down, layer.down_few, num_local):
         grouped_gemm_into(
             rows, act, None, down, ragged, config, target,
             gathered=False, up_bias=down_bias,
             scratch=None if counters is None else SplitScratch(partials, counters[num:]),
-            dependent=overlap, active=active,
+            overlap=overlap, active=active,
         )  # fmt: skip
     combine_into(
         out, rows, ragged.scatter, topk_weights,
-        router_weight=not apply_router_weight_on_input, dependent=overlap,
+        router_weight=not apply_router_weight_on_input, overlap=overlap,
     )  # fmt: skip

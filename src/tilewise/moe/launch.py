@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import enum
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class Launch:
     compiled: Any
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
+
+
+class Overlap(enum.IntEnum):
+    """When the next kernel of the stream may start, to wait inside for the end of this one."""
+
+    NONE = 0  # Launched the ordinary way.
+    EARLY = 1  # Once all programs have begun: most is gained, unless it takes their place.
+    LATE = 2  # Once all programs have stored their results.
 
 
 class _Mode:
@@ -109,7 +118,7 @@ def launch(
 
     Args:
         dependent: start while the previous kernel of the stream still runs; this one then waits
-            for it inside (kernels/dependent.py). Its DEPENDENT says the same.
+            for it inside (kernels/dependent.py). Its OVERLAP says the same.
     """
     if dependent:
         options["launch_pdl"] = True

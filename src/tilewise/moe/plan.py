@@ -6,7 +6,7 @@ import torch
 
 from ..ragged import Ragged
 from .kernels.plan import plan_count_kernel, plan_kernel, plan_place_kernel
-from .launch import cdiv, launch, next_power_of_two
+from .launch import Overlap, cdiv, launch, next_power_of_two
 
 # Up to here a scan per expert is cheaper than a second launch; docs/performance.md has the times.
 SCAN_ASSIGNMENTS = 4096
@@ -69,7 +69,7 @@ def plan_variant(num_assignments: int) -> int:
     """What of the number of ids decides the compiled kernels.
 
     One launch: the block that holds them all, a power of two, so that limits on other powers of two
-    (`forward.OVERLAP_ROWS`) fall between variants. Two launches: minus the ids of a program.
+    (`forward.EARLY_ROWS`) fall between variants. Two launches: minus the ids of a program.
     """
     if num_assignments > SCAN_ASSIGNMENTS:
         return -chunk_of(num_assignments)
@@ -83,14 +83,14 @@ def plan_into(
     num_experts: int,
     expert_map: torch.Tensor | None,
     counters: torch.Tensor | None = None,
-    dependents: bool = False,
+    overlap: Overlap = Overlap.NONE,
 ) -> None:
     """Fills `ragged` from `topk_ids` [num_tokens, top_k]; see `tilewise.plan`.
 
     Args:
         counts: scratch of `count_ints` int32 elements.
         counters: int32, a power of two of elements, set to zero on the way.
-        dependents: the next kernel may start before the plan is complete, and will wait for it.
+        overlap: when the next kernel may start; it will wait for the plan.
     """
     top_k = topk_ids.shape[1]
     num_assignments = topk_ids.numel()
@@ -119,7 +119,7 @@ def plan_into(
             *strides,
             **options,
             COUNTERS=num_counters,
-            DEPENDENTS=dependents,
+            OVERLAP=int(overlap),
             BLOCK=block,
             num_warps=4 if block <= 1024 else 8,
         )
@@ -141,6 +141,7 @@ def plan_into(
         *strides,
         **options,
         COUNTERS=num_counters,
+        OVERLAP=int(overlap),
         CHUNK=chunk,
         EXPERTS=experts,
         num_warps=4,
@@ -162,9 +163,11 @@ def plan_into(
         top_k,
         *strides,
         **options,
+        OVERLAP=int(overlap),
         CHUNK=chunk,
         EXPERTS=experts,
         ROWS=max(1, min(32, 8192 // experts)),
         STEP=STEP,
         num_warps=8,
+        dependent=overlap is not Overlap.NONE,
     )

@@ -20,11 +20,10 @@ def combine_kernel(
     stride_os,
     ROUTER_WEIGHT: tl.constexpr,
     REDUCE: tl.constexpr,
-    DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
+    OVERLAP: tl.constexpr,  # with the kernel before (dependent.py)
     BLOCK: tl.constexpr,
 ):
-    if DEPENDENT:
-        wait_for_previous()
+    wait_for_previous(OVERLAP)
     # Without REDUCE a program handles one assignment instead of one token.
     item = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

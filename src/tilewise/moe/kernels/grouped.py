@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
 from .activation import activate
-from .dependent import launch_dependents, wait_for_previous
+from .dependent import launch_early, launch_late, wait_for_previous
 
 
 @triton.jit
@@ -397,15 +397,14 @@ def grouped_gemm_kernel(
     DESCRIPTORS: tl.constexpr, X_DESCRIPTOR: tl.constexpr, OUT_PARTS: tl.constexpr,
     PAIR: tl.constexpr, UP_FIRST: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
     TAIL_M: tl.constexpr,
-    DEPENDENT: tl.constexpr,  # launched while the previous kernel still runs
+    OVERLAP: tl.constexpr,  # with the kernels before and after (dependent.py)
     BOUNDED: tl.constexpr,  # one of two launches, of which the sizes choose
     PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT:
-        wait_for_previous()
-        launch_dependents()
+    wait_for_previous(OVERLAP)
+    launch_early(OVERLAP)
     tiles_n = tl.cdiv(N, BLOCK_N)
     sizes, ends = tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M, SEGMENTS)
     num_tiles = tl.max(ends, 0)
@@ -450,3 +449,4 @@ def grouped_gemm_kernel(
                 DESCRIPTORS, X_DESCRIPTOR, OUT_PARTS, PAIR, UP_FIRST, SWAP, SPLIT_K, TAIL_M,
                 UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
+    launch_late(OVERLAP)

@@ -10,7 +10,7 @@ the experts of one chunk of ids; then each adds up all counts before its own and
 import triton
 import triton.language as tl
 
-from .dependent import launch_dependents
+from .dependent import launch_early, launch_late, wait_for_previous
 
 
 @triton.jit
@@ -55,11 +55,10 @@ def plan_kernel(
     HAS_MAP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COUNTERS: tl.constexpr,
-    DEPENDENTS: tl.constexpr,  # the next kernel may start, and will wait
+    OVERLAP: tl.constexpr,  # with the kernel after (dependent.py)
     BLOCK: tl.constexpr,  # at least num_assignments
 ):
-    if DEPENDENTS:
-        launch_dependents()
+    launch_early(OVERLAP)
     expert = tl.program_id(0)
     if COUNTERS > 0:
         if expert == 0:
@@ -83,6 +82,7 @@ def plan_kernel(
         tl.store(scatter_ptr + offs, rows, mask=mine)
     if expert == 0:  # Program 0 also marks what no expert owns.
         tl.store(scatter_ptr + offs, -1, mask=(offs < num_assignments) & (local < 0))
+    launch_late(OVERLAP)
 
 
 @triton.jit(
@@ -103,9 +103,11 @@ def plan_count_kernel(
     HAS_MAP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     COUNTERS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # with the kernel after (dependent.py)
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,  # power of two >= num_local_experts
 ):
+    launch_early(OVERLAP)
     chunk = tl.program_id(0)
     if COUNTERS > 0:
         if chunk == 0:
@@ -122,6 +124,7 @@ def plan_count_kernel(
         counts,
         mask=expert < num_local_experts,
     )
+    launch_late(OVERLAP)
 
 
 @triton.jit(
@@ -147,11 +150,14 @@ def plan_place_kernel(
     stride_k,
     HAS_MAP: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # with the kernels before and after (dependent.py)
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,  # chunks added up per step
     STEP: tl.constexpr,  # ids compared with one another
 ):
+    wait_for_previous(OVERLAP)
+    launch_early(OVERLAP)
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], dtype=tl.int32)
@@ -196,3 +202,4 @@ def plan_place_kernel(
         tl.store(scatter_ptr + here, tl.where(mine, rows, -1), mask=here < num_assignments)
         running += tl.histogram(local, EXPERTS, mask=mine)
         local = upcoming
+    launch_late(OVERLAP)
