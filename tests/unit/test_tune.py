@@ -182,7 +182,7 @@ def test_recorded_calls_come_from_files(tmp_path: Path) -> None:
 
 def test_a_profile(machine: Machine, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    machine.wrong = KernelConfig.from_name("128x128x64 g1 w8 s4 D")
+    machine.wrong = KernelConfig.from_name("128x128x64 g8 w8 s4 D t64")
     machine.broken = KernelConfig.from_name("64x32x64 g8 w4 s4 D")
     made = run(tmp_path / "deep" / "p.json", report=lambda *step: seen.append(step))
     assert len(made.rows) == 44 == machine.timed and machine.compiled >= 112

@@ -21,7 +21,9 @@ from .table import StageTable, stage_table
 
 WORST = 0.2  # Weight of the worst family beside the mean over all of them.
 MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err,
-FEW_MARGIN = 0.1  # which is more below the fewest tokens that costs were fitted to.
+FEW_MARGIN = 0.1  # which is more below the fewest tokens that costs were fitted to,
+MANY_MARGIN = 0.03  # and from 1,024 on, where power bounds the clock of products timed alone.
+MANY = 1024
 GAIN = 0.1  # A second launch must gain more than costs err where nothing was measured,
 LOSS = 0.01  # and cost no family more than this.
 IDLE_US, IDLE_US_PROGRAM = 1.2, 0.0055  # Of a launch whose programs leave, on an H200.
@@ -95,10 +97,17 @@ def _robust_of(costs: FamilyCosts, gemm: GroupedGemm, target: Target) -> KernelC
     if not scores:
         return ruled
     best = min(scores, key=scores.__getitem__)
-    fitted = gemm.max_segment_rows >= FITTED_FROM
+    tokens = gemm.max_segment_rows
     # What costs say nothing of loses to them only where they were fitted.
-    score = _score_of(ruled, scores, math.inf if fitted else 0.0)
-    return ruled if score <= (1 + (MARGIN if fitted else FEW_MARGIN)) * scores[best] else best
+    score = _score_of(ruled, scores, math.inf if tokens >= FITTED_FROM else 0.0)
+    return ruled if score <= (1 + margin(tokens)) * scores[best] else best
+
+
+def margin(num_tokens: int) -> float:
+    """By how much a fitted choice must beat the rule's."""
+    if num_tokens < FITTED_FROM:
+        return FEW_MARGIN
+    return MARGIN if num_tokens < MANY else MANY_MARGIN
 
 
 def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float], unknown: float) -> float:
