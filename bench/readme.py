@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.results import commits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -82,9 +83,9 @@ def section(
         f"{invariant['meta']['batch_invariant_over_default']['all'] - 1:.0%} over all cells, "
         f"{invariant['meta']['batch_invariant_over_default']['1'] - 1:.0%} at one token "
         "(`python -m bench.batch_invariant`).",
-        f"torch {meta['torch']}, Triton {meta['triton']}; measured at commit {meta['commit']} "
-        f"(layer), {host['meta']['commit']} (CPU time), {invariant['meta']['commit']} "
-        "(batch invariance). vLLM "
+        f"torch {meta['torch']}, Triton {meta['triton']}; commits: {commits(meta, rows)} "
+        f"for the layer, {host['meta']['commit']} for CPU time, {invariant['meta']['commit']} for "
+        "batch invariance. vLLM "
         f"against itself differed by {_noise(meta)}.",
     ]
     return "\n".join(lines)

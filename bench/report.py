@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from bench.peers import base
 from bench.protocol import ROUTINGS
-from bench.results import Results, Row
+from bench.results import Results, Row, commits
 
 OURS = "tilewise"
 SHORT = {"triton_kernels": "tk", "torch_gmm": "torch"}
@@ -168,17 +168,23 @@ def remarks(results: Results) -> list[str]:
     meta = results.meta
     lines = [
         f"{meta.get('hardware')}, driver {meta.get('driver')}, torch {meta.get('torch')}, "
-        f"triton {meta.get('triton')}, commit {meta.get('commit')}",
+        f"triton {meta.get('triton')}, commit {commits(meta, results.rows)}",
         *(f"noise, {name} against itself: {_percents(n)}" for name, n in _items(meta, "noise")),
         *(f"missing peer {name}: {reason}" for name, reason in _items(meta, "missing")),
     ]
     if "copy_GBs" in meta:
         rates = f"copy {meta['copy_GBs']:.0f} GB/s, bf16 product {meta['bf16_TFLOPs']:.0f} TFLOP/s"
         lines.insert(1, f"ceilings of this run: {rates}")
+    found: dict[tuple[str, str, str], list[str]] = {}
     for row in results.rows:
+        shape, *where = _name(row)
         for name, entry in row["peers"].items():
             problems = [*entry.get("flags", []), *([entry["error"]] if "error" in entry else [])]
-            lines += [f"{' '.join(_name(row))}: {name}: {problem}" for problem in problems]
+            for problem in problems:
+                found.setdefault((shape, name, problem), []).append(" ".join(where))
+    for (shape, name, problem), cells in found.items():
+        where = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
+        lines.append(f"{shape} {where}: {name}: {problem}")
     return lines
 
 

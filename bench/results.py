@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ Cell = tuple[str, int, str]
 def cell_of(row: Row) -> Cell:
     """Returns what a row measures: shape name, number of tokens, routing."""
     return row["shape"], row["T"], row["routing"]
+
+
+def commits(meta: Mapping[str, Any], rows: Iterable[Row]) -> str:
+    """The commit of the last run, and those of rows that it did not measure again."""
+    last = str(meta.get("commit"))
+    counts = Counter(str(row.get("commit", last)) for row in rows)
+    rest = [f"{count} at {name}" for name, count in counts.most_common() if name != last]
+    return f"{last} ({', '.join(rest)})" if rest else last
 
 
 class Results:
