@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # The catalogue and every decision made from it work without torch.
     import torch
@@ -156,7 +156,7 @@ def _device_index(device: torch.device | str | int | None) -> int | None:
 def _probe(index: int) -> Target:
     import torch
 
-    props = torch.cuda.get_device_properties(index)
+    props: Any = torch.cuda.get_device_properties(index)  # Its stubs differ between versions.
     if torch.version.hip:
         arch = props.gcnArchName.split(":")[0]
         nearest = CATALOGUE.get(arch, CATALOGUE["gfx1100"])
@@ -171,6 +171,6 @@ def _probe(index: int) -> Target:
         max(older, key=lambda t: t.capability),
         arch=f"sm_{capability}",
         num_sms=props.multi_processor_count,
-        shared_memory=props.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        shared_memory=props.shared_memory_per_block_optin,
         l2_bytes=props.L2_cache_size,
     )
