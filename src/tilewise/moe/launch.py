@@ -18,6 +18,29 @@ from ..target import Target
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _mend_interpreter() -> None:
+    """Keeps a scalar condition a condition where a mask is made of it.
+
+    Triton 3.9's interpreter gives the mask the type of what was compared, and then refuses it.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        if arg.data.dtype == np.bool_:
+            return TensorHandle(np.full(ret_ty.shape, arg.data), tl.int1)
+        return splat(self, ret_ty, arg)
+
+    InterpreterBuilder.create_splat = create_splat
+
+
+if INTERPRETED:
+    _mend_interpreter()
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch as it was made: the compiled kernel, its grid and all its arguments in order."""
