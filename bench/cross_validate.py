@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from rich.progress import track
 
-from bench.regret import OUT, Row, regret
+from bench.regret import OUT, Row, quantiles, regret
 from bench.regret_score import TARGET, fitted, gemm_of, in_space
 from tilewise.dispatch import table
 from tilewise.dispatch.table import Smoothing
@@ -58,8 +57,8 @@ def main() -> None:
             of_stage = [row for row in rows if row["stage"] == stage]
             out = [row for row in of_stage if fold_of(row) == fold]
             found += losses([row for row in of_stage if fold_of(row) != fold], out)
-        p95 = sorted(found)[round(0.95 * (len(found) - 1))]
-        print(f"{name} left out: mean {statistics.fmean(found):.2%}, p95 {p95:.1%}")
+        lost = quantiles(found)
+        print(f"{name} left out: mean {lost['mean']:.2%}, p95 {lost['p95']:.1%}")
 
 
 if __name__ == "__main__":

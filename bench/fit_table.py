@@ -46,7 +46,7 @@ def table(rows: Sequence[dict[str, Any]], target: Target, meta: dict[str, Any]) 
         cases = [
             _of_the_space(case, rules, target) for case, rules in zip(cases, ruled, strict=True)
         ]
-        stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, fit.VARIANTS, ruled)))
+        stages.append(fit.fit_stage(cases, target, fit.portfolio(cases, keep=ruled)))
     return Table(meta, *stages)
 
 

@@ -26,7 +26,8 @@ import torch
 
 from bench import machine
 from bench.peers import base
-from bench.regret import SHAPES, Row, mean_us, regret
+from bench.regret import SHAPES, Row, mean_us, quantiles, regret
+from bench.results import TIMED, load
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import features
 from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
@@ -303,9 +304,7 @@ def score(rows: Sequence[Row], target: Target) -> dict[str, Any]:
         "configurations": len(costs.configs),
         "regret": {
             policy: {
-                split: {"mean": statistics.fmean(v), "p95": sorted(v)[math.ceil(0.95 * len(v)) - 1],
-                        "max": max(v), "rows": len(v)}
-                for split, v in splits.items()
+                split: quantiles(values) for split, values in splits.items()
             }
             for policy, splits in found.items()
         },
@@ -327,9 +326,7 @@ def main() -> None:
     if options.command == "measure":
         measure_all(options)
         return
-    if not options.file.exists():
-        parser.error(f"{options.file} does not exist")
-    data = json.loads(options.file.read_text())
+    data = load(parser, options.file, (*TIMED, "vllm"))
     print(json.dumps(score(data["rows"], Target.from_arch("sm_90")), indent=1))
 
 

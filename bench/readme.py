@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable
@@ -121,6 +122,12 @@ def updated(readme: str) -> str:
     return f"{before}{BEGIN}\n{section(layer, host, invariant, engine)}\n{END}{after}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Rewrites the section in README.md."""
+    argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__).parse_args()
     path = ROOT / "README.md"
     path.write_text(updated(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

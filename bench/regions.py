@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.regret import OUT, SHAPES
+from bench.regret import OUT, SHAPES, mean_us
 from bench.regret_score import gemm_of
+from bench.results import TIMED, load
 from tilewise.dispatch.config import KernelConfig
 from tilewise.dispatch.histogram import Histogram
 from tilewise.dispatch.regions import regions
@@ -47,7 +47,7 @@ def verdicts(rows: list[dict[str, Any]], target: Target) -> list[dict[str, Any]]
     """One verdict for each row and optimisation that has configurations of both kinds."""
     out = []
     for row in rows:
-        times = {KernelConfig.from_name(n): statistics.fmean(t) for n, t in row["times_us"].items()}
+        times = {KernelConfig.from_name(n): mean_us(row, n) for n in row["times_us"]}
         found = regions(gemm_of(row), target, Histogram.of(row["sizes"][0]))
         for name, has in HAS.items():
             group = {c: t for c, t in times.items() if AMONG[name](c)}
@@ -77,9 +77,9 @@ def table(found: list[dict[str, Any]], key: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.regions")
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
-    parser.add_argument("--out", type=Path, default=OUT.with_name("h200_regions.json"))
+    parser.add_argument("--out", type=Path, help="where to write hits and misses")
     options = parser.parse_args()
-    data = json.loads(options.file.read_text())
+    data = load(parser, options.file, (*TIMED, "stage"))
     found = verdicts(data["rows"], Target.from_arch("sm_90"))
     result = {
         "meta": data["meta"],
@@ -88,7 +88,8 @@ def main() -> None:
         "by_optimisation": table(found, "optimisation"),
         "misses": [verdict for verdict in found if not verdict["hit"]],
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("by_model", "by_optimisation"):
         for value, text in result[name].items():
             print(f"{value}: {text}{' (unseen)' if value in UNSEEN else ''}")

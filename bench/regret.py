@@ -11,6 +11,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -162,6 +163,18 @@ def regret(row: Row, name: str) -> float:
         best = min(times, key=lambda n: times[n][pick])
         both.append(times[name][judge] / times[best][judge] - 1)
     return statistics.fmean(both)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median, 95th and 99th percentile and the largest."""
+    ranked = sorted(values)
+
+    def at(share: float) -> float:
+        return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
+
+    found = {"mean": statistics.fmean(ranked), "median": statistics.median(ranked)}
+    found |= {"p95": at(0.95), "p99": at(0.99), "max": ranked[-1], "rows": len(ranked)}
+    return {key: round(value, 5) for key, value in found.items()}
 
 
 def measure_all(options: argparse.Namespace) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench import foreign
-from bench.regret import OUT, SHAPES, UNSEEN_MODELS, Row, mean_us, regret
+from bench.regret import OUT, SHAPES, UNSEEN_MODELS, Row, mean_us, quantiles, regret
+from bench.results import TIMED, load
 from tilewise.dispatch.config import FewActive, GroupedGemm, KernelConfig
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
@@ -70,7 +71,7 @@ def ramp(rows: Sequence[Row], *, relative: bool) -> Policy:
                     continue
                 config = KernelConfig.from_name(name)
                 matrix = np.array([design(r, config) for r in have])
-                times = np.array([statistics.fmean(r["times_us"][name]) for r in have])
+                times = np.array([mean_us(r, name) for r in have])
                 weight = 1 / times if relative else np.ones_like(times)
                 solution = np.linalg.lstsq(matrix * weight[:, None], times * weight, rcond=None)
                 solved[stage, shape, name] = solution[0]
@@ -142,7 +143,7 @@ def policies(
         cases = fit.cases_of([r for r in rows if r["stage"] == stage], gemm_of)
         ruled = [rule(case.gemm, TARGET) for case in cases]
         full[stage] = fit.fit_stage(cases, TARGET)
-        shipped[stage] = fit.fit_stage(cases, TARGET, fit.portfolio(cases, fit.VARIANTS, ruled))
+        shipped[stage] = fit.fit_stage(cases, TARGET, fit.portfolio(cases, keep=ruled))
     seconds = time.monotonic() - began
 
     def model(row: Row) -> KernelConfig:
@@ -188,18 +189,6 @@ def policies(
         "rule": lambda row: rule(gemm_of(row), TARGET),
     }
     return chosen, idle, seconds
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, 95th and 99th percentile and the largest."""
-    ranked = sorted(values)
-
-    def at(share: float) -> float:
-        return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
-
-    found = {"mean": statistics.fmean(ranked), "median": statistics.median(ranked)}
-    found |= {"p95": at(0.95), "p99": at(0.99), "max": ranked[-1], "rows": len(ranked)}
-    return {key: round(value, 5) for key, value in found.items()}
 
 
 def groups(row: Row) -> list[str]:
@@ -288,17 +277,28 @@ def beside(folder: Path) -> dict[str, Any]:
     }
 
 
+def print_worst(rows: Sequence[Row], policy: str = "tilewise_static", count: int = 5) -> None:
+    """The rows held out that a policy loses most on, and what the full space loses there."""
+    ranked = []
+    for row in map(in_space, rows):
+        chosen = {name: one["config"] for name, one in row["chosen"].items()}
+        if row["split"] == "held_out" and {policy, "tilewise_model"} <= set(chosen):
+            ranked.append((regret(row, chosen[policy]), regret(row, chosen["tilewise_model"]), row))
+    print(f"worst held out, {policy} (tilewise_model):")
+    for lost, model, row in sorted(ranked, key=lambda one: -one[0])[:count]:
+        where = " ".join(str(row[key]) for key in ("shape", "stage", "T", "routing"))
+        print(f"  {where}: {lost:.1%} ({model:.1%})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.regret_score")
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
     parser.add_argument("--extra", type=Path, help="more rows to fit on, not scored")
     parser.add_argument("--out", type=Path, help="where to write the file with its scores")
     options = parser.parse_args()
-    for path in (options.file, options.extra):
-        if path is not None and not path.exists():
-            parser.error(f"{path} does not exist")
-    data = json.loads(options.file.read_text())
-    extra = json.loads(options.extra.read_text())["rows"] if options.extra else []
+    keys = (*TIMED, "stage")
+    data = load(parser, options.file, keys)
+    extra = load(parser, options.extra, keys)["rows"] if options.extra else []
     data["summary"] = score(data, extra)
     if options.out is not None:
         options.out.write_text(json.dumps(data, separators=(",", ":")))
@@ -310,6 +310,7 @@ def main() -> None:
     for key, value in data["summary"]["gain"].items():
         print(f"{key}: {value:.3f}")
     print(f"noise floor {data['noise_floor']}, refit {data['refit_s']} s")
+    print_worst(data["rows"])
     slower = data["summary"]["static_slower_than_rule"]
     held_out = sum(one["split"] == "held_out" for one in slower)
     print(f"static slower than the rule by over 1%: {len(slower)}, {held_out} of them held out")

@@ -183,8 +183,8 @@ def remarks(results: Results) -> list[str]:
             for problem in problems:
                 found.setdefault((shape, name, problem), []).append(" ".join(where))
     for (shape, name, problem), cells in found.items():
-        where = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
-        lines.append(f"{shape} {where}: {name}: {problem}")
+        named = ", ".join(cells[:4]) + (f" and {len(cells) - 4} more" if len(cells) > 4 else "")
+        lines.append(f"{shape} {named}: {name}: {problem}")
     return lines
 
 

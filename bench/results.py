@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ def commits(meta: Mapping[str, Any], rows: Iterable[Row]) -> str:
     """The commit of the last run, and those of rows that it did not measure again."""
     last = str(meta.get("commit"))
     counts = Counter(str(row.get("commit", last)) for row in rows)
-    rest = [f"{count} at {name}" for name, count in counts.most_common() if name != last]
+    rest = [
+        f"{count} of its rows at {name}" for name, count in counts.most_common() if name != last
+    ]
     return f"{last} ({', '.join(rest)})" if rest else last
 
 
@@ -61,16 +63,59 @@ class Results:
         os.replace(partial, self.path)
 
 
-def read(parser: argparse.ArgumentParser, path: Path) -> Results:
-    """Returns a results file; ends the program where it holds nothing."""
-    results = Results(path)
-    if not results.rows:
+LAYER = ("shape", "T", "routing", "peers", "E", "floor_us")  # Keys of a row of whole layers.
+TIMED = ("shape", "T", "routing", "split", "sizes", "times_us")  # Of configurations' times.
+
+
+def load(
+    parser: argparse.ArgumentParser,
+    path: Path,
+    keys: Sequence[str],
+    routings: Container[str] | None = None,
+) -> dict[str, Any]:
+    """Returns a results file; ends the program with the reason where its rows are no such ones.
+
+    Args:
+        keys: what every row must have.
+        routings: the names a row's routing may have; any if None.
+    """
+    if not path.exists():
+        parser.error(f"{path} does not exist")
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        parser.error(f"{path} is no JSON: {error}")
+    rows = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         parser.error(f"{path} holds no rows")
-    return results
+    lacking = [key for key in keys if any(key not in row for row in rows)]
+    if lacking:
+        parser.error(
+            f"{path} holds other rows, without {', '.join(lacking)}: bench/README.md lists the "
+            "files and the commands behind them"
+        )
+    strange = {row["routing"] for row in rows} if routings is not None else set()
+    strange = {name for name in strange if routings is not None and name not in routings}
+    if strange:
+        parser.error(
+            f"{path} holds routings {', '.join(sorted(strange))}, which this command does not "
+            "know: bench/README.md lists the files and the commands behind them"
+        )
+    return {"meta": {}, **document}
 
 
-def read_named(prog: str, arguments: Sequence[str], default: Path) -> Results:
+def read(
+    parser: argparse.ArgumentParser, path: Path, routings: Container[str] | None = None
+) -> Results:
+    """Returns a results file of whole layers; ends the program with the reason if it is none."""
+    load(parser, path, LAYER, routings)
+    return Results(path)
+
+
+def read_named(
+    prog: str, arguments: Sequence[str], default: Path, routings: Container[str] | None = None
+) -> Results:
     """Returns the results file named on the command line of a report."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("file", type=Path, nargs="?", default=default)
-    return read(parser, parser.parse_args(arguments).file)
+    return read(parser, parser.parse_args(arguments).file, routings)

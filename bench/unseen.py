@@ -75,7 +75,7 @@ def print_report(arguments: Sequence[str]) -> None:
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
     parser.add_argument("--tuned", type=Path, default=TUNED, help="a file of the listed cells")
     chosen = parser.parse_args(arguments)
-    results, tuned = read(parser, chosen.file), read(parser, chosen.tuned)
+    results, tuned = read(parser, chosen.file, ROUTINGS), read(parser, chosen.tuned, ROUTINGS)
     tables = full(results.rows, tuned.rows)
     print("\n\n".join(table.markdown() for table in tables) + "\n")
     lines = [*report.remarks(results), *differences(results.rows, tuned.rows)]

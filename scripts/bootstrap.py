@@ -117,22 +117,23 @@ def install_torch(python: Path) -> tuple[str, ...]:
     """Installs torch; returns what the other packages must keep to."""
     constraints = ("--constraint", str(CONSTRAINTS.relative_to(ROOT)))
     pins = re.findall(r"^[\w-]+==.+$", CONSTRAINTS.read_text(), re.MULTILINE)
-    # Another torch comes with a Triton of its own; all else stays what the tests know.
     others = tuple(pin for pin in pins if not pin.startswith(("torch==", "triton==")))
+    triton = tuple(pin for pin in pins if pin.startswith("triton=="))
     if has_nvidia_gpu():
         say("NVIDIA GPU found: installing torch with CUDA, several GB")
         require(install(python, "torch>=2.10"), "torch")
-        return ()
+        return others  # This torch has brought a Triton of its own.
     if Path("/dev/kfd").exists():
         say("to use an AMD GPU, install torch for ROCm and start again; going on without")
-    (torch,) = (pin for pin in pins if pin.startswith("torch=="))
+    torch = next((pin for pin in pins if pin.startswith("torch==")), None)
+    assert torch, "constraints.txt pins torch"
     cpu = f"{torch}+cpu"
     pytorch_org = ("--index-url", CPU_INDEX, "--timeout", "10", "--retries", "0")
     say("no NVIDIA GPU: looking for a CPU build of torch; pip may fail once or twice on the way")
     if install(python, cpu) or install(python, cpu, *pytorch_org):
         return constraints
     if install(python, "torch>=2.10", *pytorch_org):
-        return others
+        return others + triton
     say("no CPU build found: installing the default one, which can be several GB")
     require(install(python, "torch>=2.10"), "torch")
     return others

@@ -102,6 +102,27 @@ def compile_kernel(
     return Compiled(text, binary.metadata.shared, spilled)
 
 
+_BULK_STORE = r"cp\.async\.bulk\.tensor[\w.]*global\.shared"
+_STORE = rf"(?:st|atom|red)\.(?:global|relaxed|release|acq)[\w.:]*|{_BULK_STORE}"
+_LOAD = r"ld\.(?:global|relaxed|acquire|volatile)[\w.:]*|cp\.async[\w.:]*"
+
+
+def check_overlap(ptx: str, mode: int) -> None:
+    """Asserts the order that dependent launches rely on.
+
+    The wait comes before any access to memory.
+
+    Args:
+        mode: when the next kernel is let in: 1 before any access, 2 after the last store, 0 never.
+    """
+    order = re.findall(rf"griddepcontrol\.\w+|{_STORE}|{_LOAD}", ptx[ptx.index("{") :])
+    accesses = [i for i, op in enumerate(order) if not op.startswith("griddepcontrol")]
+    stores = [i for i in accesses if re.match(_STORE, order[i])]
+    assert [i for i, op in enumerate(order) if op.endswith(".wait")] == [0] and stores
+    let_in = [i for i, op in enumerate(order) if op.endswith(".launch_dependents")]
+    assert let_in == {0: [], 1: [1], 2: [len(order) - 1]}[mode], (let_in, len(order), stores[-1])
+
+
 def _stack_bytes(cubin: bytes) -> int:
     """Bytes of stack a CUDA binary uses, which for these kernels can only be spills."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .crosscompile import ARCHS, compile_kernel, load
+from .crosscompile import ARCHS, check_overlap, compile_kernel, load
 
 FULL = os.environ.get("TILEWISE_COMPILE_FULL") == "1"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -48,6 +48,13 @@ def precision(dtype: str, arch: str) -> str:
     return "tf32x3" if dtype == "fp32" and arch.startswith("sm") else "ieee"
 
 
+def overlap_of(arch: str, cfg: Any) -> int:
+    """Early with the tiles of few rows, late with others; 0 where kernels start in turn."""
+    if not target_module.Target.from_arch(arch).dependent_launch:
+        return 0
+    return 1 if cfg.block_m <= 32 else 2
+
+
 def grouped_arguments(
     shape: str,
     stage: str,
@@ -59,7 +66,6 @@ def grouped_arguments(
     bounded: bool = False,
 ) -> dict[str, Any]:
     problem = gemm(shape, 8, stage, dtype)
-    dependent = target_module.Target.from_arch(arch).dependent_launch
     pointer, gated = f"*{dtype}!", stage == "gate_up"
     weight = first = rows = tail = out = out_tail = pointer
     parts = cfg.store_parts if cfg.split_k == 1 and shape != "odd" else 0
@@ -102,7 +108,7 @@ def grouped_arguments(
         "PAIR": pair, "UP_FIRST": False, "SWAP": cfg.swap_operands, "PERSISTENT": cfg.persistent,
         # Two accumulators are never split.
         "SPLIT_K": cfg.split_k if pair or not gated else 1, "TAIL_M": cfg.tail_m,
-        "OVERLAP": 2 * dependent, "BOUNDED": bounded,
+        "OVERLAP": overlap_of(arch, cfg), "BOUNDED": bounded,
         "UPCAST": False,
         "PRECISION": precision(dtype, arch), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
         "BLOCK_K": cfg.block_k, "GROUP_M": cfg.group_m, "NUM_STAGES": cfg.num_stages,
@@ -159,6 +165,8 @@ def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -
         assert "wgmma" in compiled.assembly, "operands were swapped for wgmma, which is not there"
     if cfg.descriptors and arch.startswith("sm"):
         assert "cp.async.bulk.tensor" in compiled.assembly, "descriptor loads fell back"
+    if mode := overlap_of(arch, cfg):
+        check_overlap(compiled.assembly, mode)
 
 
 @pytest.mark.parametrize("tail_m,split_k", [(16, 1), (32, 1), (0, 4)])
@@ -272,7 +280,7 @@ def test_plan_in_two_launches(arch: str, experts: int) -> None:
         "ids_ptr": "*i32!", "map_ptr": "*i32!", "counts_ptr": "*i32", "num_assignments": "i32",
         "num_experts": "i32", "num_local_experts": "i32", "top_k": "i32", "stride_t": "i32",
         "stride_k": 1, "HAS_MAP": experts == 256, "CONTIGUOUS": experts != 256, "CHUNK": 512,
-        "EXPERTS": experts, "OVERLAP": (1 if experts == 8 else 2) * target.dependent_launch,
+        "EXPERTS": experts, "OVERLAP": 2 * target.dependent_launch,
     }  # fmt: skip
     placed = {
         "sizes_ptr": "*i32!", "offsets_ptr": "*i32!", "gather_ptr": "*i32!",
@@ -286,6 +294,8 @@ def test_plan_in_two_launches(arch: str, experts: int) -> None:
         compiled = compile_kernel(kernel, arch, arguments, warps, 3)
         assert compiled.shared <= limit
         assert compiled.spilled == 0
+    if target.dependent_launch:
+        check_overlap(compiled.assembly, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -299,10 +309,12 @@ def test_combine(arch: str, dtype: str) -> None:
                 "out_ptr": f"*{dtype}!", "hidden_size": "i32!", "top_k": "i32",
                 "stride_wt": "i32", "stride_wk": 1, "stride_om": "i32!", "stride_os": "i32!",
                 "ROUTER_WEIGHT": True, "REDUCE": reduce, "BLOCK": 1024,
-                "OVERLAP": 2 * target_module.Target.from_arch(arch).dependent_launch,
+                "OVERLAP": int(target_module.Target.from_arch(arch).dependent_launch),
             }, 4, 3,
         )  # fmt: skip
         assert compiled.spilled == 0
+        if target_module.Target.from_arch(arch).dependent_launch:
+            check_overlap(compiled.assembly, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -146,7 +146,7 @@ class TestReport:
             row.pop("workspace_bytes")
         assert growth_chart.draw(synthetic, tmp_path).stat().st_size > 10_000
 
-    def test_an_empty_file_is_an_error(self, tmp_path, capsys):
+    def test_a_file_that_is_not_there_is_an_error(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             growth.main(["--from", str(tmp_path / "none.json")])
-        assert "none.json holds no rows" in capsys.readouterr().err
+        assert "none.json does not exist" in capsys.readouterr().err

@@ -277,12 +277,12 @@ class TestReport:
         assert "| kimi-k2-ep8 | T=8 | uniform | 300.0 | vllm | 150.0 | 0.50 |" in out
         assert "commit: c, d here, c in the listed cells" in out
 
-    def test_an_empty_file_is_an_error(self, files, tmp_path, capsys):
+    def test_a_file_that_is_not_there_is_an_error(self, files, tmp_path, capsys):
         with pytest.raises(SystemExit):
             unseen.main(["report", files[0], "--tuned", str(tmp_path / "none.json")])
         with pytest.raises(SystemExit):
             skew.main(["report", str(tmp_path / "none.json")])
-        assert "none.json holds no rows" in capsys.readouterr().err
+        assert "none.json does not exist" in capsys.readouterr().err
 
     def test_the_skew_report_prints(self, tmp_path, capsys):
         rows = [

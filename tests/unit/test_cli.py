@@ -540,6 +540,8 @@ def test_kernels_loads_the_package(tmp_path: Path) -> None:
         ["bench", "--tokens", "1,,2"],
         ["bench", "--tokens", "0"],
         ["explain", "kimi-k2", "--tokens", "1.5"],
+        ["explain", "kimi-k2", "--tokens", "1 2"],
+        ["explain", "kimi-k2", "--tokens", "99999999999"],
         ["explain", "kimi-k2", "--tokens", "-3"],
     ],
     ids=" ".join,

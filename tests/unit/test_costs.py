@@ -11,7 +11,7 @@ from tilewise.dispatch.config import GroupedGemm, KernelConfig, why_illegal
 from tilewise.dispatch.features import FEATURES, features
 from tilewise.dispatch.histogram import Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
-from tilewise.dispatch.select import FEWEST, bucket, buckets, choose, robust
+from tilewise.dispatch.select import FEWEST, bucket, buckets, choose, margin, robust
 from tilewise.dispatch.space import space
 from tilewise.dispatch.table import (
     WIDE,
@@ -174,6 +174,21 @@ def test_a_choice_where_costs_know_less() -> None:
     slightly = StageTable({twin: (1.08, *cheap[1:]), other: cheap}, ())
     assert robust(slightly, gate_up(3), H200) == rule(gate_up(3), H200)
     assert robust(slightly, gate_up(4), H200) == other
+
+
+def test_what_a_fitted_choice_must_promise() -> None:
+    """2%, and 3% from the bucket of 1,024 tokens on, where a product alone says less of a layer."""
+
+    def gate_up(tokens: int) -> GroupedGemm:
+        return GroupedGemm(8 * tokens, tokens, 128, 768, 2048, 2, 2, True)
+
+    assert [margin(tokens) for tokens in (3, 4, 1023, 1024)] == [0.1, 0.02, 0.02, 0.03]
+    for tokens, replaced in ((512, True), (2048, False)):
+        ruled = rule(gate_up(tokens), H200)
+        other = replace(ruled, block_k=32)
+        rest = [0.0] * (len(FEATURES) - 1)
+        table = StageTable({ruled: (1.025, *rest), other: (1.0, *rest)}, ())
+        assert robust(table, gate_up(tokens), H200) == (other if replaced else ruled)
 
 
 @pytest.mark.parametrize(

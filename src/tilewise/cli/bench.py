@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..models import MoEShape, moe_shape
+from ..models import MoEShape
 from ..moe.layer import fused_experts
 from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
@@ -33,6 +33,7 @@ from ..target import Target
 from .device import checked_device
 from .limit import OutOfTime, time_limit
 from .results import read_results
+from .shapes import HELP, parse_shape
 from .tokens import parse_tokens
 
 ROUTINGS = ("uniform", "zipf", "hot")
@@ -50,7 +51,7 @@ Row = dict[str, Any]
 
 def bench(
     models: Annotated[
-        list[str] | None, typer.Argument(help='By name, or a shard: "deepseek-v3@tp8".')
+        list[str] | None, typer.Argument(help=f"{HELP} Several may be given.")
     ] = None,
     tokens: str = typer.Option(TOKENS, help="Token counts: integers, with commas."),
     routings: str = typer.Option("uniform", help=f"Of {', '.join(ROUTINGS)}."),
@@ -84,6 +85,10 @@ def bench(
         _matplotlib()
         _make_folder("--charts", charts)
     if from_file is not None:
+        if models:
+            raise typer.BadParameter(
+                f"--from {from_file} shows all of its file: leave out {' '.join(models)}"
+            )
         results = read_results(from_file)
     else:
         device = checked_device(device)
@@ -129,7 +134,7 @@ def _cells(
 ) -> list[tuple[str, MoEShape, int, str]]:
     counts = parse_tokens(tokens)
     try:
-        shapes = {name: moe_shape(name) for name in models}
+        shapes = {name: parse_shape(name) for name in models}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     kinds = _listed(routings)

@@ -34,9 +34,14 @@ def explain(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if arch:
-        typer.echo(f"{target.arch}: sizes and rates are those of the {CHIPS[target.arch][0]}.")
+        modelled = CHIPS[target.arch][0]
+        others = f", not of the {arch}" if arch not in (target.arch, modelled) else ""
+        typer.echo(f"{target.arch}: sizes and rates are those of the {modelled}{others}.")
     if target.backend == "cpu":
-        typer.echo(f"No GPU here: this is for {DEFAULT_ARCH}. Name another one with --arch.")
+        typer.echo(
+            f"No GPU here: this is for {DEFAULT_ARCH}, with sizes and rates of the "
+            f"{CHIPS[DEFAULT_ARCH][0]}. Name another one with --arch."
+        )
         target = Target.from_arch(DEFAULT_ARCH)
     typer.echo(
         f"{model}: {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} x "

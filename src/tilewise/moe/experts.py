@@ -117,7 +117,7 @@ def grouped_gemm_into(
         row_weights: [num_tokens, top_k], scales the products before bias and activation.
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
-        overlap: with the kernels before and after; not NONE launches this one dependent.
+        overlap: with the kernels before and after.
         active: (more than, at most) experts with rows, else nothing is done; read on the device.
     """
     num_experts, n, k = up.shape
@@ -217,7 +217,6 @@ def grouped_gemm_into(
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        dependent=overlap is not Overlap.NONE,
     )
 
 

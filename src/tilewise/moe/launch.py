@@ -21,12 +21,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def _mend_interpreter() -> None:
     """Keeps a scalar condition a condition where a mask is made of it.
 
-    Triton 3.9's interpreter gives the mask the type of what was compared, and then refuses it.
+    Triton's interpreter gives the mask the type of what was compared; 3.9 then refuses to load by
+    it. No condition changes its value.
     """
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    try:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:  # Another Triton, with other names: it may need no mending.
+        return
     splat = InterpreterBuilder.create_splat
 
     def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
@@ -135,15 +139,18 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, dependent: bool = False, **options: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, first: bool = False, **options: Any
 ) -> None:
     """Runs `kernel` over `grid`; compiles it instead within `compile_only`.
 
+    A kernel whose OVERLAP is not `Overlap.NONE` starts while the previous one of the stream still
+    runs, and waits for it inside (kernels/dependent.py).
+
     Args:
-        dependent: start while the previous kernel of the stream still runs; this one then waits
-            for it inside (kernels/dependent.py). Its OVERLAP says the same.
+        first: the kernel before is not ours: this one waits for nothing inside, and starts the
+            ordinary way.
     """
-    if dependent:
+    if options.get("OVERLAP") and not first:
         options["launch_pdl"] = True
     mode = _mode.get()
     if mode is not None and mode.compiled_keys is not None:

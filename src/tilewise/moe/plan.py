@@ -68,8 +68,7 @@ def carve_plan(buffer: torch.Tensor, num_assignments: int, num_local_experts: in
 def plan_variant(num_assignments: int) -> int:
     """What of the number of ids decides the compiled kernels.
 
-    One launch: the block that holds them all, a power of two, so that limits on other powers of two
-    (`forward.EARLY_ROWS`) fall between variants. Two launches: minus the ids of a program.
+    One launch: the block that holds them all, a power of two. Two: minus the ids of a program.
     """
     if num_assignments > SCAN_ASSIGNMENTS:
         return -chunk_of(num_assignments)
@@ -122,6 +121,7 @@ def plan_into(
             OVERLAP=int(overlap),
             BLOCK=block,
             num_warps=4 if block <= 1024 else 8,
+            first=True,
         )
         return
     chunk = chunk_of(num_assignments)
@@ -145,6 +145,7 @@ def plan_into(
         CHUNK=chunk,
         EXPERTS=experts,
         num_warps=4,
+        first=True,
     )
     launch(
         plan_place_kernel,
@@ -169,5 +170,4 @@ def plan_into(
         ROWS=max(1, min(32, 8192 // experts)),
         STEP=STEP,
         num_warps=8,
-        dependent=overlap is not Overlap.NONE,
     )

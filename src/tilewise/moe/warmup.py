@@ -12,7 +12,7 @@ from ..target import Target
 from . import launch as launching
 from .activation import SWIGLU, Activation
 from .checks import check_activation, check_dtype
-from .forward import forward_into, problem_of
+from .forward import forward_into, overlap_of, problem_of
 from .plan import plan_variant
 from .route import route_into
 from .schedule import schedule
@@ -52,8 +52,9 @@ def representative_tokens(
         problem = problem_of(
             hidden, weights.gate, weights.up, weights.down, ids, True, batch_invariant
         )
-        # The plan's step is a variant of its own; decode has no plan.
-        return schedule(problem, target), plan_variant(num_tokens * top_k)
+        # The plan's step is a variant of its own, and so is the overlap; decode has neither.
+        rows = num_tokens * top_k
+        return schedule(problem, target), plan_variant(rows), overlap_of(rows, target)
 
     return first_of_each(variant, max_tokens)
 
