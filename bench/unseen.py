@@ -220,7 +220,7 @@ def full(rows: Sequence[Row], tuned: Sequence[Row]) -> list[Table]:
         tables += [token_table(between, tuned), worst_table(between, tuned)]
         tables += _titled("Listed shapes, token counts outside the list", between)
     if others:
-        tables += [shape_table(others, tuned)]
+        tables += [shape_table(others, tuned), each_shape_table(others, tuned)]
         tables += _titled("Shapes outside the list", others)
     return tables
 
@@ -332,6 +332,20 @@ def shape_table(rows: Sequence[Row], tuned: Sequence[Row]) -> Table:
     best = ", ".join(rivals) or "none"
     title = f"Shapes outside the list: {OURS}, geometric means; best of the peers in both: {best}"
     return Table(title, header, body)
+
+
+def each_shape_table(rows: Sequence[Row], tuned: Sequence[Row]) -> Table:
+    """Time over the floor of each shape outside the list beside all listed ones."""
+    body = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        cells = {(row["T"], row["routing"]) for row in mine}
+        listed = [row for row in tuned if (row["T"], row["routing"]) in cells]
+        commits = ", ".join(sorted({str(row.get("commit")) for row in mine}))
+        floors = [geomean(over_floor(group).values()) for group in (mine, listed)]
+        body.append([shape, str(len(mine)), *_pair(floors), commits])
+    header = ["shape", "cells", "over floor", "listed shapes", "ratio", "commit"]
+    return Table("Shapes outside the list, each", header, body)
 
 
 def best_speeds(rows: Iterable[Row], rivals: Iterable[str]) -> list[float]:
