@@ -6,8 +6,8 @@ ARGS ?=
 JOBS ?= 2
 CPU_TESTS = $(wildcard tests/unit tests/kernels tests/integrations tests/examples tests/test_examples.py)
 
-.PHONY: help demo test test-cpu test-compile test-compile-here test-compile-newest test-kernels-newest test-gpu bench \
-	lint format docs wheel clean
+.PHONY: help demo test test-cpu test-compile test-compile-here test-compile-newest test-kernels-newest \
+	test-transformers test-gpu bench lint format docs wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -43,9 +43,10 @@ test-transformers: ## the oldest and the newest transformers that are supported
 	$(RUN) test -m pip install -q --no-deps --target .hosts/newest $(TRANSFORMERS_NEWEST)
 	PYTHONPATH=.hosts/newest $(RUN) test -m pytest $(HOST_TESTS) -n $(JOBS)
 
-# The version is that of scripts/bootstrap.py.
+NEWEST_TRITON = $(shell sed -n 's/^NEWEST_TRITON = "\(.*\)"/\1/p' scripts/bootstrap.py)
+
 test-kernels-newest: ## kernels in the interpreter of the newest Triton that is supported
-	$(RUN) test -m pip install -q --no-deps --target .hosts/triton triton==3.9.0
+	$(RUN) test -m pip install -q --no-deps --target .hosts/triton $(NEWEST_TRITON)
 	TRITON_INTERPRET=1 PYTHONPATH=.hosts/triton $(RUN) test -m pytest tests/kernels -n $(JOBS) $(ARGS)
 
 test-compile: test-compile-here test-compile-newest ## with the Triton of the tests, and the newest

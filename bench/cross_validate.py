@@ -9,7 +9,6 @@ by the cost of the actual histogram over the full space; the oracle is cross-val
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.progress import track
 
 from bench.regret import OUT, Row, quantiles, regret
 from bench.regret_score import TARGET, fitted, gemm_of, in_space
+from bench.results import TIMED, load
 from tilewise.dispatch import table
 from tilewise.dispatch.table import Smoothing
 from tilewise.tune import fit
@@ -48,8 +48,9 @@ def main() -> None:
     options = parser.parse_args()
     table.WIDE = fit.WIDE = Smoothing(*options.wide)
     table.NARROW = Smoothing(*options.narrow)
-    rows = [in_space(row) for row in json.loads(OUT.read_text())["rows"]]
-    rows = fitted(rows, json.loads(options.extra.read_text())["rows"])
+    keys = (*TIMED, "stage")
+    rows = [in_space(row) for row in load(parser, OUT, keys)["rows"]]
+    rows = fitted(rows, load(parser, options.extra, keys)["rows"])
     for name, fold_of in FOLDS.items():
         found: list[float] = []
         folds = dict.fromkeys((row["stage"], fold_of(row)) for row in rows)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.regret import SHAPES
+from bench.results import TIMED, load
 from tilewise.dispatch.config import KernelConfig
 from tilewise.dispatch.rules import rule
 from tilewise.dispatch.space import space
@@ -22,12 +23,13 @@ from tilewise.target import Target
 from tilewise.tune import fit, measure
 
 
-def merged(files: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def merged(
+    documents: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of all files, each case once, and the files' meta."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     metas = []
-    for file in files:
-        data = json.loads(file.read_text())
+    for data in documents:
         metas.append(data["meta"])
         for row in data["rows"]:
             rows.setdefault((row["shape"], row["stage"], row["T"], row["routing"]), row)
@@ -62,7 +64,8 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows, metas = merged(options.files)
+    keys = (*TIMED, "stage")
+    rows, metas = merged([load(parser, file, keys) for file in options.files])
     keys = ("hardware", "torch", "triton", "commit", "source")
     meta = {
         "arch": options.arch,

@@ -303,16 +303,14 @@ def score(rows: Sequence[Row], target: Target) -> dict[str, Any]:
     return {
         "configurations": len(costs.configs),
         "regret": {
-            policy: {
-                split: quantiles(values) for split, values in splits.items()
-            }
+            policy: {split: quantiles(values) for split, values in splits.items()}
             for policy, splits in found.items()
         },
         "speed_over_vllm_choice": {
             policy: {routing: statistics.geometric_mean(v) for routing, v in by.items()}
             for policy, by in speed.items()
         },
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def load(
     parser: argparse.ArgumentParser,
     path: Path,
     keys: Sequence[str],
-    routings: Container[str] | None = None,
+    routings: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """Returns a results file; ends the program with the reason where its rows are no such ones.
 
@@ -94,8 +94,7 @@ def load(
             f"{path} holds other rows, without {', '.join(lacking)}: bench/README.md lists the "
             "files and the commands behind them"
         )
-    strange = {row["routing"] for row in rows} if routings is not None else set()
-    strange = {name for name in strange if routings is not None and name not in routings}
+    strange = {row["routing"] for row in rows} - set(routings) if routings is not None else ()
     if strange:
         parser.error(
             f"{path} holds routings {', '.join(sorted(strange))}, which this command does not "
@@ -105,7 +104,7 @@ def load(
 
 
 def read(
-    parser: argparse.ArgumentParser, path: Path, routings: Container[str] | None = None
+    parser: argparse.ArgumentParser, path: Path, routings: Iterable[str] | None = None
 ) -> Results:
     """Returns a results file of whole layers; ends the program with the reason if it is none."""
     load(parser, path, LAYER, routings)
@@ -113,7 +112,7 @@ def read(
 
 
 def read_named(
-    prog: str, arguments: Sequence[str], default: Path, routings: Container[str] | None = None
+    prog: str, arguments: Sequence[str], default: Path, routings: Iterable[str] | None = None
 ) -> Results:
     """Returns the results file named on the command line of a report."""
     parser = argparse.ArgumentParser(prog=prog)

@@ -18,7 +18,8 @@ from .plan import carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import buffer_sizes, carve, num_counters
 
-# Up to here a launch that starts early gains 1%; it costs up to 3% from 1,024 rows, 7% from 16,384.
+# Up to here a launch that starts early gains 1%; from 1,024 rows it can take the place of the one
+# before: 0 to 3% of a layer in the mean, up to 14%.
 EARLY_ROWS = 256
 
 
