@@ -416,26 +416,43 @@ def test_shared_reductions_after_a_plan_in_two_launches() -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["all_here", "expert_map"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["chosen", "two_configurations"])
 @pytest.mark.parametrize(
     "shape", [MoEShape(64, 4, 512, 256), MoEShape(128, 8, 4096, 192)], ids=["plain", "shared"]
 )
-def test_calls_in_a_row_share_their_memory(shape: MoEShape, captured: bool) -> None:
+def test_calls_in_a_row_share_their_memory(
+    shape: MoEShape, pairs: bool, mapped: bool, captured: bool
+) -> None:
     """Kernels that start before the one ahead has ended write nothing that it still reads.
 
-    Pairs of calls, of many sizes, on one workspace and one tensor between the two calls of a pair.
+    Pairs of calls, of many sizes, on one workspace and one tensor between the two calls of a pair;
+    also with two configurations of each product, of which the device chooses one.
     """
+    target = tilewise.Target.probe()
+    if pairs and not target.tensor_descriptors:
+        pytest.skip(f"{target.arch} has no tensor descriptors")
     experts, top_k, hidden = shape.num_experts, shape.top_k, shape.hidden_size
     counts = (1200, 128, 1, 16, 3, 20)
     assert 20 * top_k <= EARLY_ROWS < 128 * top_k
     assert 1200 * top_k > SCAN_ASSIGNMENTS  # Planned by two launches.
-    case = cases.Case("row", 1, experts, top_k, hidden, shape.intermediate_size)
-    weights = cases.make_inputs(case, torch.bfloat16, "cuda").weights
+    case = cases.Case("row", 1, experts, top_k, hidden, shape.intermediate_size,
+                      expert_map="half" if mapped else None)  # fmt: skip
+    made = cases.make_inputs(case, torch.bfloat16, "cuda")
+    weights, expert_map = made.weights, made.expert_map
+    here = replace(shape, num_experts=weights.num_local_experts)
+    config = None
+    if pairs:
+        plain = KernelConfig(64, 64, 64, descriptors=True)
+        few = FewActive(KernelConfig(16, 64, 64, descriptors=True, split_k=4), 3 * top_k)
+        assert few.up_to < here.num_experts  # Both are launched.
+        config = tilewise.LayerConfig("grouped", plain, plain, few, few)
     xs = [torch.empty(n, hidden, dtype=torch.bfloat16, device="cuda") for n in counts]
     gates = [torch.empty(n, top_k, device="cuda") for n in counts]
     ids = [torch.empty(n, top_k, dtype=torch.int32, device="cuda") for n in counts]
     outs = [torch.empty_like(x) for x in xs]
     shared_between = torch.empty_like(xs[0])
-    size = tilewise.workspace_size(shape, max(counts))
+    size = tilewise.workspace_size(here, max(counts), config=config)
     shared = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
 
     def run(alone: bool) -> list[torch.Tensor]:
@@ -446,28 +463,32 @@ def test_calls_in_a_row_share_their_memory(shape: MoEShape, captured: bool) -> N
             for source, into in ((x, between), (between, result)):
                 workspace = torch.full_like(shared, 255) if alone else shared
                 tilewise.fused_experts(
-                    source, weights, weight, expert, out=into, workspace=workspace
-                )
+                    source, weights, weight, expert, expert_map=expert_map, config=config,
+                    out=into, workspace=workspace,
+                )  # fmt: skip
                 if alone:
                     torch.cuda.synchronize()
             results.append(result)
         return results
 
-    def renew() -> None:
-        for x, weight, expert in zip(xs, gates, ids, strict=True):
+    def renew(round_: int) -> None:
+        for i, (x, weight, expert) in enumerate(zip(xs, gates, ids, strict=True)):
             x.normal_()
             weight.uniform_()
-            expert.copy_(torch.rand(len(x), experts, device="cuda").topk(top_k).indices)
+            # Every second call's tokens all choose alike: few experts are active, next time many.
+            alike = pairs and (round_ + i) % 2 == 1
+            scores = torch.rand(1 if alike else len(x), experts, device="cuda")
+            expert.copy_(scores.topk(top_k).indices)
 
-    renew()
+    renew(0)
     run(alone=False)
     graph = torch.cuda.CUDAGraph() if captured else None
     if graph is not None:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             run(alone=False)
-    for _ in range(50):
-        renew()
+    for round_ in range(50):
+        renew(round_)
         expected = run(alone=True)
         for out in outs:
             out.fill_(torch.nan)

@@ -89,10 +89,11 @@ def test_variants(name: str, sizes: tuple[int, int]) -> None:
         check(case, dtype, LayerConfig("grouped", config, config))
 
 
+@pytest.mark.parametrize("expert_map", [None, "half"])
 @pytest.mark.parametrize("routing", ["uniform", "hot", "one_expert", "all_sentinels"])
-def test_the_sizes_choose_between_two_configurations(routing: str) -> None:
+def test_the_sizes_choose_between_two_configurations(routing: str, expert_map: str | None) -> None:
     """Both are launched and one works, whichever it is: plain, persistent, sharing reductions."""
-    case = cases.Case("few", 29, 6, 2, 96, 64, bias=True, routing=routing)
+    case = cases.Case("few", 29, 6, 2, 96, 64, bias=True, routing=routing, expert_map=expert_map)
     config = LayerConfig(
         "grouped", VARIANTS["swapped"], VARIANTS["persistent"],
         FewActive(VARIANTS["tall"], 2), FewActive(VARIANTS["split_swapped"], 2),
