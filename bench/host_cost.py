@@ -1,14 +1,15 @@
 """CPU time of one eager call after warm-up, where the GPU never holds the host back.
 
-Command: ``python -m bench.host_cost``
+``python -m bench.host_cost`` measures; ``python -m bench.host_cost report FILE`` prints the times.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from bench import machine, protocol
 from bench.measure import PROVENANCE, prepare
 from bench.peers import base
-from bench.results import Results
+from bench.report import Table, show
+from bench.results import CELL, Results, Row, read_named
 
 SHAPE = "qwen3-30b-a3b"
 TOKENS = (1, 2, 4, 8)
@@ -38,12 +40,20 @@ def host_us(call: Callable[[], object], calls: int = CALLS) -> float:
     return elapsed / calls * 1e6
 
 
-def main() -> None:
-    """Measures, prints and writes the results file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and writes the results file; or prints one."""
+    if arguments[:1] == ["report"]:
+        results = read_named(
+            "python -m bench.host_cost report", arguments[1:], OUT, keys=CELL, entry="host_us"
+        )
+        show(results, table(results.rows))
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host_cost", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine.require_gpu()
     peers, missing = base.load(options.peers)
     results = Results(options.out)
@@ -71,5 +81,16 @@ def main() -> None:
         print(f"missing peer {name}: {reason}")
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """Microseconds of each peer by cell."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    body = []
+    for row in rows:
+        entries = [row["peers"].get(name, {}) for name in names]
+        times = [f"{entry['host_us']:.1f}" if "host_us" in entry else "-" for entry in entries]
+        body.append([row["shape"], str(row["T"]), row["routing"], *times])
+    return Table("CPU time of an eager call", ["shape", "T", "routing", *names], body)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -188,6 +188,13 @@ def remarks(results: Results) -> list[str]:
     return lines
 
 
+def show(results: Results, table: Table) -> None:
+    """Prints a table of a results file as Markdown, its unit, and what a reader must know."""
+    unit = [f"unit: {results.meta['unit']}"] if "unit" in results.meta else []
+    print(table.markdown() + "\n")
+    print("\n".join(f"- {line}" for line in [*unit, *remarks(results)]))
+
+
 def summary(results: Results) -> list[Table]:
     """Returns the short tables, for the end of a run."""
     return [over_floor(results.rows), against_peers(results.rows)]

@@ -63,7 +63,8 @@ class Results:
         os.replace(partial, self.path)
 
 
-LAYER = ("shape", "T", "routing", "peers", "E", "floor_us")  # Keys of a row of whole layers.
+CELL = ("shape", "T", "routing", "peers")  # Keys of every row that `report.remarks` may name.
+LAYER = (*CELL, "E", "floor_us")  # Of whole layers.
 TIMED = ("shape", "T", "routing", "split", "sizes", "times_us")  # Of configurations' times.
 
 
@@ -72,23 +73,29 @@ def load(
     path: Path,
     keys: Sequence[str],
     routings: Iterable[str] | None = None,
+    entry: str = "",
 ) -> dict[str, Any]:
     """Returns a results file; ends the program with the reason where its rows are no such ones.
 
     Args:
         keys: what every row must have.
         routings: the names a row's routing may have; any if None.
+        entry: what some row's peer must have, where other files have the same keys.
     """
     if not path.exists():
         parser.error(f"{path} does not exist")
     try:
         document = json.loads(path.read_text())
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
     except ValueError as error:
         parser.error(f"{path} is no JSON: {error}")
     rows = document.get("rows") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         parser.error(f"{path} holds no rows")
     lacking = [key for key in keys if any(key not in row for row in rows)]
+    if entry and not any(entry in peer for row in rows for peer in row.get("peers", {}).values()):
+        lacking.append(f"{entry} of any peer")
     if lacking:
         parser.error(
             f"{path} holds other rows, without {', '.join(lacking)}: bench/README.md lists the "
@@ -104,17 +111,26 @@ def load(
 
 
 def read(
-    parser: argparse.ArgumentParser, path: Path, routings: Iterable[str] | None = None
+    parser: argparse.ArgumentParser,
+    path: Path,
+    routings: Iterable[str] | None = None,
+    keys: Sequence[str] = LAYER,
+    entry: str = "",
 ) -> Results:
-    """Returns a results file of whole layers; ends the program with the reason if it is none."""
-    load(parser, path, LAYER, routings)
+    """Returns a results file, of whole layers if no `keys` say otherwise, checked by `load`."""
+    load(parser, path, keys, routings, entry)
     return Results(path)
 
 
 def read_named(
-    prog: str, arguments: Sequence[str], default: Path, routings: Iterable[str] | None = None
+    prog: str,
+    arguments: Sequence[str],
+    default: Path,
+    routings: Iterable[str] | None = None,
+    keys: Sequence[str] = LAYER,
+    entry: str = "",
 ) -> Results:
     """Returns the results file named on the command line of a report."""
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("file", type=Path, nargs="?", default=default)
-    return read(parser, parser.parse_args(arguments).file, routings)
+    return read(parser, parser.parse_args(arguments).file, routings, keys, entry)

@@ -1,12 +1,15 @@
 """What a choice on the device costs inside a captured graph: two launches, one of which leaves.
 
-Command: ``python -m bench.select_cost``. Whole layers, replayed from graphs in turns: the first
+``python -m bench.select_cost`` measures whole layers, replayed from graphs in turns: the first
 product's configuration alone, and launched beside another one that the device does not choose.
+``python -m bench.select_cost report FILE`` prints what the second launch cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ import torch
 from bench import machine, protocol
 from bench.measure import PROVENANCE
 from bench.protocol import SHAPES
-from bench.results import Results
+from bench.report import Table, show
+from bench.results import CELL, Results, Row, read_named
 from tilewise.dispatch.config import FewActive
 from tilewise.dispatch.histogram import expected_sizes
 from tilewise.dispatch.select import stage_table
@@ -33,6 +37,7 @@ CELLS = [
     for tokens in (32, 128, 512)
 ]
 OUT = Path(__file__).parent / "results" / "h200_select_cost.json"
+KEYS = (*CELL, "us", "select_us", "many", "few")
 
 
 def plans(problem: LayerProblem, target: Target) -> dict[str, LayerConfig]:
@@ -84,11 +89,17 @@ def times_us(
     return {str(name): sum(halves) / 2 for name, halves in times.items()}
 
 
-def main() -> None:
-    """Measures, prints and writes the results file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and writes the results file; or prints one."""
+    if arguments[:1] == ["report"]:
+        results = read_named("python -m bench.select_cost report", arguments[1:], OUT, keys=KEYS)
+        show(results, table(results.rows))
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.select_cost", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine.require_gpu()
     target = Target.probe("cuda")
     results = Results(options.out)
@@ -109,5 +120,19 @@ def main() -> None:
     results.save()
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """Microseconds of the layer by what is launched, and what the second launch adds."""
+    body = []
+    for row in rows:
+        times = [f"{row['us'][name]:.1f}" for name in ("many", "few", "both")]
+        share = row["select_us"] / (row["us"]["both"] - row["select_us"])
+        cost = [f"{row['select_us']:.1f}", f"{share:.1%}"]
+        cell = [row["shape"], str(row["T"]), row["routing"]]
+        body.append([*cell, row["many"], row["few"], *times, *cost])
+    header = ["shape", "T", "routing", "for many", "for few experts", "many us", "few us"]
+    title = "Two launches of the first product, one of which leaves, against the other one alone"
+    return Table(title, [*header, "both us", "cost us", "cost"], body)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

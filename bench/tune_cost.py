@@ -1,7 +1,8 @@
 """What `tilewise tune` takes, and what it is worth for layers that no shipped cost was fitted to.
 
-Command: ``python -m bench.tune_cost``. Each layer is profiled by the command itself, in a process
-of its own with an empty kernel cache; the seconds are those of the whole command.
+``python -m bench.tune_cost`` measures: each layer is profiled by the command itself, in a process
+of its own with an empty kernel cache; the seconds are those of the whole command. ``python -m
+bench.tune_cost report FILE`` prints them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import machine
 from bench.measure import PROVENANCE
 from bench.protocol import SHAPES
 from bench.regret import SHAPES as FITTED
-from bench.results import Results
+from bench.report import Table, show
+from bench.results import CELL, Results, Row, read_named
 from bench.unseen import UNSEEN_SHAPES
 from tilewise.tune import store
 from tilewise.tune.gain import choices
 
 OUT = Path(__file__).parent / "results" / "h200_tune.json"
+KEYS = (*CELL, "seconds", "cases", "judged", "shipped", "profiled", "shipped_over_profiled")
 KNOWN = "qwen3-30b-a3b"  # Beside the others: a layer that shipped costs were fitted to.
 LAYERS = {**SHAPES, **UNSEEN_SHAPES}
 
@@ -43,14 +47,20 @@ def profiled(sizes: str, limit: float, folder: Path) -> tuple[store.Profile, flo
     return store.load(path), time.perf_counter() - began
 
 
-def main() -> None:
-    """Measures, prints and writes the results file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and writes the results file; or prints one."""
+    if arguments[:1] == ["report"]:
+        results = read_named("python -m bench.tune_cost report", arguments[1:], OUT, keys=KEYS)
+        show(results, table(results.rows))
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune_cost", description=__doc__.splitlines()[0]
+    )
     usual = [KNOWN, *(name for name in LAYERS if name not in FITTED)]
     parser.add_argument("--shapes", nargs="+", choices=list(LAYERS), default=usual)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--time-limit", type=float, default=150.0, metavar="S", help="of a layer")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine.require_gpu()
     results = Results(options.out)
     results.rows = []
@@ -81,5 +91,17 @@ def main() -> None:
         )
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """Seconds by layer, and how far choices are from the fastest."""
+    body = []
+    for row in rows:
+        fitted = " (fitted)" if row["shape"] in FITTED else ""
+        counts = [f"{row['seconds']:.0f}", str(row["cases"]), str(row["judged"])]
+        ratios = [f"{row[key]:.4f}" for key in ("shipped", "profiled", "shipped_over_profiled")]
+        body.append([row["shape"] + fitted, *counts, *ratios])
+    header = ["layer", "seconds", "cases", "judged", "shipped costs", "own profile", "ratio"]
+    return Table("What `tilewise tune` takes, and choices over the fastest", header, body)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

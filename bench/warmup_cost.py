@@ -1,7 +1,8 @@
 """Seconds until a layer is compiled from a cold cache, and that nothing compiles after that.
 
-Command: ``python -m bench.warmup_cost``. Each layer is warmed up in a process of its own with an
-empty kernel cache, then called from 1 to 8,192 tokens with two routings.
+``python -m bench.warmup_cost`` measures: each layer is warmed up in a process of its own with an
+empty kernel cache, then called from 1 to 8,192 tokens with two routings. ``python -m
+bench.warmup_cost report FILE`` prints the seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,14 @@ from bench import machine, protocol
 from bench.measure import PROVENANCE, prepare
 from bench.peers import base
 from bench.protocol import SHAPES
-from bench.results import Results
+from bench.report import Table, show
+from bench.results import CELL, Results, Row, read_named
 from tilewise.models import MoEShape
 
 MAX_TOKENS = 8192
 CALLS = (1, 2, 3, 5, 8, 17, 32, 60, 128, 300, 512, 1500, 2048, 5000, 8192)
 OUT = Path(__file__).parent / "results" / "h200_warmup.json"
+KEYS = (*CELL, "variants", "seconds", "compiled_by_calls")
 
 
 def compiled() -> int:
@@ -74,14 +78,20 @@ def run_one(shape: str, folder: Path) -> Path:
     return out
 
 
-def main() -> None:
-    """Measures, prints and writes the results file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and writes the results file; or prints one."""
+    if arguments[:1] == ["report"]:
+        results = read_named("python -m bench.warmup_cost report", arguments[1:], OUT, keys=KEYS)
+        show(results, table(results.rows))
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.warmup_cost", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--jobs", type=int, default=1, help="layers at a time")
     parser.add_argument("--one", choices=list(SHAPES), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine.require_gpu()
     if options.one:
         measure_one(options.one, options.out)
@@ -105,5 +115,15 @@ def main() -> None:
     results.save()
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """Kernels and seconds by layer."""
+    body = []
+    for row in rows:
+        counts = [str(row["T"]), str(row["variants"]), f"{row['seconds']:.1f}"]
+        body.append([row["shape"], *counts, str(row["compiled_by_calls"])])
+    header = ["layer", "tokens up to", "variants", "seconds", "compiled by calls after that"]
+    return Table("A warm-up from an empty kernel cache", header, body)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
@@ -51,3 +52,56 @@ def test_a_problem_of_many_cells_is_said_once(tmp_path: Path) -> None:
     assert "olmoe-1b-7b T=1 hot: tilewise: wrong" in lines
     said = [line for line in lines if "no kernel" in line]
     assert said == ["olmoe-1b-7b T=1 hot, T=2 hot, T=3 hot, T=4 hot and 2 more: vllm: no kernel"]
+
+
+COSTS = {
+    "host_cost": ("h200_host_cost.json", "| qwen3-30b-a3b | 1 | uniform | 34.1 | 143.9 |"),
+    "select_cost": ("h200_select_cost.json", "| 247.2 | 246.7 | 249.0 | 1.8 | 0.7% |"),
+    "tune_cost": ("h200_tune.json", "| 41 | 44 | 44 | 1.0163 | 1.0151 | 1.0012 |"),
+    "warmup_cost": ("h200_warmup.json", "| mixtral-8x7b | 8192 | 36 | 10.4 | 0 |"),
+}
+
+
+@pytest.mark.parametrize("program", COSTS)
+def test_reports_of_committed_costs(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main, (name, line) = importlib.import_module(f"bench.{program}").main, COSTS[program]
+    path = report.TRITONMOE.parents[1] / "results" / name
+    main(["report"])
+    usual = capsys.readouterr().out
+    main(["report", str(path)])
+    printed = capsys.readouterr().out
+    assert printed == usual and line in printed
+    document = json.loads(path.read_text())
+    assert sum(text.startswith("| ") for text in printed.splitlines()) == len(document["rows"]) + 2
+    assert f"- unit: {document['meta']['unit']}" in printed and "commit" in printed
+
+
+@pytest.mark.parametrize("program", COSTS)
+def test_reports_of_costs_refuse_other_files(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, results = importlib.import_module(f"bench.{program}").main, Results(tmp_path / "r.json")
+    results.put(ROW | {"peers": {"tilewise": {"us": 9.0}}})
+    results.save()
+    for path, said in (
+        (results.path, "holds other rows, without"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / "none.json", "does not exist"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["report", str(path)])
+        message = capsys.readouterr().err
+        assert f"python -m bench.{program} report" in message
+        assert said in message and path.name in message
+
+
+def test_a_peer_without_a_time_is_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import host_cost
+
+    peers = {"tilewise": {"host_us": 34.0}, "vllm": {"error": "no kernel"}}
+    results = Results("none.json")
+    results.rows = [ROW | {"peers": peers}]
+    report.show(results, host_cost.table(results.rows))
+    printed = capsys.readouterr().out
+    assert "| olmoe-1b-7b | 8 | hot | 34.0 | - |" in printed
+    assert "- olmoe-1b-7b T=8 hot: vllm: no kernel" in printed
