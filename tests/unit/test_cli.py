@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ import tilewise
 from tilewise.cli import app, limit
 from tilewise.cli import bench as bench_module
 from tilewise.cli import doctor as doctor_module
+from tilewise.cli.shapes import parse_shape
 from tilewise.target import CATALOGUE, CPU, Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,44 @@ def test_explain_takes_a_chip() -> None:
     assert "sm_90: sizes and rates are those of the h200" in result.output
     refused = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--arch", "h300"])
     assert refused.exit_code == 2 and "unknown architecture 'h300'" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [("qwen3-235b-a22b-tp8", "128 experts, top 8, 4096 x 192"),
+     ("kimi-k2-ep8", "48 experts, top 8, 7168 x 2048"),
+     ("Qwen/Qwen3-30B-A3B-ep4-tp2", "32 experts, top 8, 2048 x 384")],
+)  # fmt: skip
+def test_explain_takes_shards(model: str, sizes: str) -> None:
+    result = RUNNER.invoke(app, ["explain", model, "--arch", "h200"])
+    assert result.exit_code == 0 and f"{model}: {sizes}" in result.output, result.output
+
+
+@pytest.mark.parametrize("command", ["explain", "bench"])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("qwen3-30b-a3b-tp5", "intermediate_size=768 does not divide by 5"),
+     ("qwen3-30b-a3b-ep3", "num_experts=128 does not divide by 3: a shard needs a divisor"),
+     ("qwen3-235b-a2b-tp8", "did you mean 'qwen3-235b-a22b-tp8'"),
+     ("qwen3-30b-a3b-tp", "A shard is NAME-tpN or NAME-epN")],
+)  # fmt: skip
+def test_shards_that_are_none_are_said(command: str, model: str, said: str) -> None:
+    result = RUNNER.invoke(app, [command, model])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_benchmarks_names_are_the_commands() -> None:
+    from bench.protocol import SHAPES
+    from bench.regret import SHAPES as REGRET
+    from bench.unseen import UNSEEN_SHAPES
+
+    shapes = {**SHAPES, **UNSEEN_SHAPES, **{name: astuple(s) for name, s in REGRET.items()}}
+    # No shard, and no model.
+    others = {"qwen3-235b-full", "gpt-oss-120b-like"}
+    assert others < set(shapes)
+    for name in set(shapes) - others:
+        assert astuple(parse_shape(name)) == shapes[name], name
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tilewise import MODELS, MoEShape, moe_shape
+from tilewise.models import ALIASES
 from tilewise.ragged import Ragged, max_tiles
 
 
@@ -55,15 +56,56 @@ def test_shapes_by_other_names() -> None:
     assert moe_shape("Qwen/Qwen3-30B-A3B@tp2") == MODELS["qwen3-30b-a3b"].sharded(2)
 
 
-@pytest.mark.parametrize("suffix", ["@tp", "@ep8", "@xx", "@tptp2", "@tp0", "@"])
+def test_shards_by_name() -> None:
+    """One device's part of any model: of its intermediate size, of its experts, of both."""
+    assert moe_shape("qwen3-235b-a22b-tp8") == MoEShape(128, 8, 4096, 192)
+    assert moe_shape("kimi-k2-ep8") == moe_shape("Kimi-K2@ep8") == MoEShape(48, 8, 7168, 2048)
+    assert moe_shape("kimi-k2-ep8-tp2") == moe_shape("kimi-k2-tp2-ep8")
+    assert moe_shape("kimi-k2-ep8-tp2") == MoEShape(48, 8, 7168, 1024)
+    for name, shape in MODELS.items():
+        assert moe_shape(f"{name}-tp2") == moe_shape(f"{name}@tp2") == shape.sharded(2)
+        assert moe_shape(f"{name}-ep2") == shape.sharded(expert_parallel=2)
+        assert moe_shape(f"{name}-tp1-ep1") == shape
+
+
+def test_short_names() -> None:
+    for short, name in ALIASES.items():
+        assert short not in MODELS and moe_shape(short) is MODELS[name]
+        assert moe_shape(f"{short}-tp8") == MODELS[name].sharded(8)
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    ["@tp", "@xx", "@tptp2", "@tp0", "@", "-tp", "-ep", "-tp0", "-ep-2", "-tp2x", "-tp2-tp4",
+     "-tp2.5", "-tp2@", "-tp\u0662"],
+)  # fmt: skip
 def test_suffixes_that_are_no_shard(suffix: str) -> None:
-    with pytest.raises(ValueError, match="suffix of a shard is @tpN"):
+    with pytest.raises(ValueError, match="suffix of a shard is -tpN or -epN"):
         moe_shape(f"mixtral-8x7b{suffix}")
 
 
+def test_shards_that_do_not_divide() -> None:
+    for name, words in {
+        "mixtral-8x7b-tp5": "14336 does not divide by 5: .* a divisor of it, 1, 2, 4, 7, 8, .*64",
+        "kimi-k2-ep5": "num_experts=384 does not divide by 5: .* 1, 2, 3, 4, 6, 8, .* or 48",
+        "mixtral-8x7b-ep8": "8 over 8 devices leaves each fewer than top_k=2: use 1, 2 or 4",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name!r}: .*{words}"):
+            moe_shape(name)
+
+
 def test_names_that_are_near_or_none() -> None:
-    with pytest.raises(ValueError, match="did you mean 'qwen3-30b-a3b'"):
-        moe_shape("qwen3-30b")
+    for name, words in {
+        "qwen3-30b-a3": "'qwen3-30b-a3b'",
+        "qwen3-235b-a2b-tp8": "'qwen3-235b-a22b-tp8'",
+        "llama4": "'llama4-scout' or 'llama4-maverick'",
+        "qwen3-30b-a3b-instruct-2507": "'qwen3-30b-a3b'",
+    }.items():
+        with pytest.raises(ValueError, match=rf"did you mean {words}.*\?\); known: mixtral"):
+            moe_shape(name)
+    for name in ("", "-tp2", "@tp2"):
+        with pytest.raises(ValueError, match="unknown model ''; known: mixtral"):
+            moe_shape(name)
     with pytest.raises(TypeError, match="a model's name is a string, got 3"):
         moe_shape(3)  # type: ignore[arg-type]
 

@@ -6,11 +6,11 @@ import re
 
 from ..models import MoEShape, moe_shape
 
-HELP = 'A model by name, a shard of it ("deepseek-v3@tp8"), or sizes: E,K,H,I.'
+HELP = 'A model by name, a shard of it ("deepseek-v3-tp8", "kimi-k2-ep8"), or sizes: E,K,H,I.'
 
 
 def parse_shape(text: str) -> MoEShape:
-    """A model by name, or "E,K,H,I": experts, top_k, hidden and intermediate size.
+    """A model by name, a shard of it, or "E,K,H,I": experts, top_k, hidden and intermediate size.
 
     Raises:
         ValueError: neither.
@@ -20,8 +20,8 @@ def parse_shape(text: str) -> MoEShape:
             return moe_shape(text)
         except ValueError as error:
             raise ValueError(
-                f"{error}. A shard is NAME@tpN, another layer its sizes E,K,H,I, such as "
-                "128,8,2048,768"
+                f"{error}. A shard is NAME-tpN or NAME-epN, another layer its sizes E,K,H,I, such "
+                "as 128,8,2048,768"
             ) from error
     sizes = text.replace(" ", "").split(",")
     if len(sizes) != 4 or not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):

@@ -244,5 +244,5 @@ def check_memory(shape: MoEShape) -> None:
     if need > 0.9 * free:
         raise ValueError(
             f"the layer's weights take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free here: "
-            'profile the shard that a device holds ("MODEL@tpN", or its E,K,H,I)'
+            'profile the shard that a device holds ("MODEL-tpN", "MODEL-epN", or its E,K,H,I)'
         )
