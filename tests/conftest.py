@@ -17,8 +17,16 @@ try:
 except ModuleNotFoundError:
     torch = None  # type: ignore[assignment]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-HAS_GPU = torch is not None and torch.cuda.is_available() and not INTERPRETED
+
+def _has_gpu() -> bool:
+    if torch is None or not torch.cuda.is_available():
+        return False
+    from triton import knobs
+
+    return not knobs.runtime.interpret
+
+
+HAS_GPU = _has_gpu()
 
 
 def pytest_configure() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from tests.cases import Case, Inputs
 from tilewise.models import MoEShape
 from tilewise.moe.explain import workspace_size
 from tilewise.moe.forward import forward_into
+from tilewise.moe.launch import INTERPRETED
 from tilewise.moe.schedule import LayerConfig
 from tilewise.target import Target
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)

@@ -14,12 +14,11 @@ from bench import prepare_peers, protocol
 from bench.accuracy import make_reference
 from bench.peers import archive, deep_gemm_jit, deep_gemm_moe, tritonmoe
 from bench.protocol import Shape
+from tilewise.moe.launch import INTERPRETED
 
 SHAPE = Shape(5, 2, 48, 32)
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
-)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
 def fake_deep_gemm():

@@ -6,16 +6,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import enum
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton import knobs
 
 from ..target import Target
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# As Triton decides where kernels are defined: TRITON_INTERPRET may be 1, true, on or yes.
+INTERPRETED = bool(knobs.runtime.interpret)
 
 
 def _mend_interpreter() -> None:
