@@ -103,8 +103,9 @@ A chip that is not listed decides like the newest listed one that is not newer t
 
 ## What a call would run
 
-`tilewise explain MODEL --tokens N --arch ARCH` prints path, tiles, bytes and floor for every architecture above,
-without the machine.
+`tilewise explain MODEL --tokens N --target ARCH` prints path, tiles, bytes and floor for every architecture above,
+without the machine; `--target cpu` prints what remains without kernels. Where there is no GPU and no `--target`, it
+models `sm_90` and says so.
 """
 
 

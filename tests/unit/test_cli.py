@@ -187,6 +187,24 @@ def test_explain_takes_a_chip() -> None:
     assert refused.exit_code == 2 and "unknown architecture 'h300'" in refused.output
 
 
+def test_explain_without_a_gpu_names_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b"])
+    assert result.exit_code == 0, result.output
+    assert "No GPU here: calls on this machine run plain torch and no kernel" in result.output
+    assert "another machine, sm_90, with sizes and rates of the h200" in result.output
+    assert "--target: h100" in result.output and "grouped on sm_90" in result.output
+    named = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--target", "sm_90"])
+    assert "No GPU" not in named.output and "grouped on sm_90" in named.output
+
+
+def test_explain_of_a_cpu_shows_no_kernel() -> None:
+    result = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--tokens", "1,64", "--target", "CPU"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("plain torch on cpu: no kernel runs") == 2
+    assert "Config" not in result.output and "floor" not in result.output
+
+
 @pytest.mark.parametrize(
     ("model", "sizes"),
     [("qwen3-235b-a22b-tp8", "128 experts, top 8, 4096 x 192"),

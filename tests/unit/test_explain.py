@@ -23,7 +23,7 @@ from tilewise import (
 from tilewise.dispatch.config import KernelConfig, StreamConfig
 from tilewise.moe.forward import forward_into
 from tilewise.moe.warmup import meta_weights
-from tilewise.target import CATALOGUE
+from tilewise.target import CATALOGUE, CPU
 
 H200 = Target.from_arch("sm_90")
 MIXTRAL = MODELS["mixtral-8x7b"]
@@ -139,6 +139,15 @@ def test_the_text_says_the_numbers() -> None:
     assert re.search(r"activations \d+\.\d MB, (3[5-9]|[4-9]\d)% less than unfused", text)
     assert "360.8 GFLOP" in text
     assert re.search(r"floor +\d+\.\d us at nominal rates", text)
+
+
+def test_no_kernel_is_told_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has asked for a GPU that is not here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = explain(MIXTRAL, 512)
+    assert report.target == "cpu" and str(report) == str(explain(MIXTRAL, 512, target=CPU))
+    text = "plain torch on cpu: no kernel runs weights 2818.6 MB, 8.0 experts arithmetic 360.8"
+    assert " ".join(str(report).split()) == f"path {text} GFLOP"
 
 
 NONSENSE: list[tuple[type[Exception], dict[str, Any], str]] = [

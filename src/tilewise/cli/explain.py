@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ..target import CHIPS, Target
+from ..target import CHIPS, CPU, Target
 from .shapes import HELP, parse_shape
 from .tokens import parse_tokens
 
@@ -15,7 +15,13 @@ DEFAULT_ARCH = "sm_90"
 def explain(
     model: str = typer.Argument(help=HELP),
     tokens: str = typer.Option("64", help="Token counts: integers, with commas."),
-    arch: str = typer.Option("", help='"sm_90", "h100", "gfx942", ...; the GPU here if empty.'),
+    arch: str = typer.Option(
+        "",
+        "--target",
+        "--arch",
+        help=f'The machine: "sm_90", "h100", "gfx942", ... or "cpu"; the GPU here if empty, '
+        f"{DEFAULT_ARCH} where there is none.",
+    ),
     dtype: str = typer.Option("bf16", help='"bf16", "fp16" or "fp32".'),
     batch_invariant: bool = typer.Option(False, help="As calls with this option would run."),
 ) -> None:
@@ -30,19 +36,20 @@ def explain(
     counts = parse_tokens(tokens)
     try:
         shape = parse_shape(model)
-        target = Target.from_arch(arch) if arch else Target.probe()
+        target = _machine(arch)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if arch:
+    if target.backend != "cpu" and arch:
         modelled = CHIPS[target.arch][0]
         others = f", not of the {arch}" if arch not in (target.arch, modelled) else ""
         typer.echo(f"{target.arch}: sizes and rates are those of the {modelled}{others}.")
-    if target.backend == "cpu":
-        typer.echo(
-            f"No GPU here: this is for {DEFAULT_ARCH}, with sizes and rates of the "
-            f"{CHIPS[DEFAULT_ARCH][0]}. Name another one with --arch."
-        )
+    elif target.backend == "cpu" and not arch:
         target = Target.from_arch(DEFAULT_ARCH)
+        typer.echo(
+            "No GPU here: calls on this machine run plain torch and no kernel (--target cpu).\n"
+            f"What follows is for another machine, {DEFAULT_ARCH}, with sizes and rates of the "
+            f"{CHIPS[DEFAULT_ARCH][0]}.\nName yours with --target: h100, mi300x, gfx942, ..."
+        )
     typer.echo(
         f"{model}: {shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} x "
         f"{shape.intermediate_size}, {dtype}"
@@ -53,3 +60,14 @@ def explain(
             shape, count, dtype=dtypes[dtype], batch_invariant=batch_invariant, target=target
         )
         typer.echo(str(call))
+
+
+def _machine(name: str) -> Target:
+    """The machine of a name: "" is the one here, "cpu" any CPU.
+
+    Raises:
+        ValueError: no such machine.
+    """
+    if name.strip().lower() == "cpu":
+        return CPU
+    return Target.from_arch(name) if name else Target.probe()

@@ -125,8 +125,8 @@ class Explanation:
     """One call, accounted for. Bytes are device memory traffic, each tensor counted once per pass.
 
     Attributes:
-        target: architecture the decision was made for.
-        config: path and configuration of each product.
+        target: architecture the decision was made for; "cpu" where calls run no kernel.
+        config: path and configuration of each product; of no meaning on a CPU.
         source: where the configuration came from.
         active_experts: experts assumed to be active.
         weight_bytes: weights of the active experts, read once.
@@ -164,15 +164,19 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
+        weights = f"weights     {self.weight_bytes / 1e6:.1f} MB, {self.active_experts:.1f} experts"
+        arithmetic = f"arithmetic  {self.flops / 1e9:.1f} GFLOP"
+        if self.target == "cpu":  # Tiles, our kernels' traffic and a floor are a GPU's.
+            return f"path        plain torch on cpu: no kernel runs\n{weights}\n{arithmetic}"
         return "\n".join(
             (
                 f"path        {self.config.path} on {self.target} ({self.source})",
                 *self._product("gate+up", "gate_up"),
                 *self._product("down", "down"),
-                f"weights     {self.weight_bytes / 1e6:.1f} MB, {self.active_experts:.1f} experts",
+                weights,
                 f"activations {self.activation_bytes / 1e6:.1f} MB, "
                 f"{self.saving:.0%} less than unfused",
-                f"arithmetic  {self.flops / 1e9:.1f} GFLOP",
+                arithmetic,
                 f"floor       {self.floor_us:.1f} us at nominal rates",
             )
         )
@@ -196,7 +200,8 @@ def explain(
         shape: the layer. num_tokens: tokens of the call.
         dtype, activation, reduce, batch_invariant, config: as the call passes them.
         active_experts: experts with at least one token; expected under uniform routing if None.
-        target: the machine; probed if None.
+        target: the machine; probed if None. Without a GPU that is the CPU, where calls run plain
+            torch: `Target.from_arch("sm_90")` is a machine that is not here.
 
     Raises:
         TypeError: an argument of another type. ValueError: no tokens, or more experts than are.
