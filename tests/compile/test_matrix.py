@@ -29,6 +29,7 @@ FEWEST = {"narrow": (3,), "long": (3,)}  # Tokens that are rules of their own th
 TOKENS = (8, 32, 48, 128, 2048, 8192)
 
 config = load("dispatch.config")
+fuse = load("dispatch.fuse")
 rules = load("dispatch.rules")
 select = load("dispatch.select")
 table = load("dispatch.table")
@@ -167,6 +168,67 @@ def test_grouped_gemm(arch: str, dtype: str, stage: str, shape: str, cfg: Any) -
         assert "cp.async.bulk.tensor" in compiled.assembly, "descriptor loads fell back"
     if mode := overlap_of(arch, cfg):
         check_overlap(compiled.assembly, mode)
+
+
+def fused_pairs() -> list[Any]:
+    """(architecture, dtype, both configurations) of one launch: Hopper's, shallower elsewhere."""
+    pairs = (fuse.SHORT, fuse.MEDIUM, fuse.TALL)
+    small = [config.replace(c, num_stages=2) for c in fuse.SHORT]
+    cases = [("sm_90", dtype, *pair) for pair in pairs for dtype in ("bf16", "fp16")]
+    cases += [(arch, "bf16", *small) for arch in ("sm_100", "sm_120")]
+    return [pytest.param(*c, id=f"{c[0]}-{c[1]}-{c[2].name}".replace(" ", "_")) for c in cases]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "first", "second"), fused_pairs())
+def test_fused_gemms(arch: str, dtype: str, first: Any, second: Any) -> None:
+    pointer = f"*{dtype}!"
+
+    def ragged(height: int) -> str:
+        return f"tensordesc<{dtype}[1, 1, {height}, {second.block_k}]>"
+
+    extras, mode = second.tail_m == 0, 1 if first.block_m <= 32 else 2
+    arguments = {
+        "x_ptr": pointer, "gate_up": f"tensordesc<{dtype}[1, 2, {first.block_n}, {first.block_k}]>",
+        "gate_bias_ptr": pointer, "up_bias_ptr": pointer, "act_ptr": pointer,
+        "act_rows": ragged(second.block_m),
+        "act_tail": ragged(second.tail_m) if second.tail_m else pointer,
+        "down": f"tensordesc<{dtype}[1, {second.block_n}, {second.block_k}]>",
+        "down_bias_ptr": pointer, "out_ptr": pointer, "sizes_ptr": "*i32!", "gather_ptr": "*i32",
+        "row_weights_ptr": "*fp32", "ticket_ptr": "*i32!", "stored_ptr": "*i32",
+        "num_segments": "i32", "inter": "i32!", "hidden": "i32!", "top_k": "i32",
+        "stride_xm": "i32!", "stride_xk": 1, "stride_gbe": "i32!", "stride_gbn": 1,
+        "stride_ube": "i32!", "stride_ubn": 1, "stride_dbe": "i32!", "stride_dbn": 1,
+        "stride_rt": "i32", "stride_rk": 1,
+        "SEGMENTS": 256, "GATED": True, "BIAS": extras, "DOWN_BIAS": extras, "ROW_WEIGHTS": extras,
+        "KIND": "swiglu", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0 if extras else None,
+        "EVEN_K": True, "UP_FIRST": False, "FENCE": True, "OVERLAP": mode, "UPCAST": False,
+        "PRECISION": "ieee", "BLOCK_M": first.block_m, "BLOCK_N": first.block_n,
+        "BLOCK_K": first.block_k, "GROUP_M": first.group_m, "SWAP": first.swap_operands,
+        "TAIL_M": first.tail_m, "NUM_STAGES": first.num_stages, "DOWN_M": second.block_m,
+        "DOWN_N": second.block_n, "DOWN_K": second.block_k, "DOWN_GROUP": second.group_m,
+        "DOWN_SWAP": second.swap_operands, "DOWN_TAIL": second.tail_m,
+        "DOWN_STAGES": second.num_stages,
+    }  # fmt: skip
+    kernel = load("moe.kernels.fused").fused_gemms_kernel
+    compiled = compile_kernel(kernel, arch, arguments, first.num_warps, first.num_stages)
+    assert re.search(ARCHS[arch][1][dtype], compiled.assembly), "no matrix instruction"
+    # Triton 3.6 keeps 8 bytes on sm_120, for the smallest tiles too.
+    assert compiled.spilled <= (8 if arch == "sm_120" else 0), f"spills {compiled.spilled}"
+    target = target_module.Target.from_arch(arch)
+    products = [gemm("even", 8, stage, dtype) for stage in ("gate_up", "down")]
+    sizes = [config.shared_memory(c, g) for c, g in zip((first, second), products, strict=True)]
+    assert compiled.shared <= max(sizes) <= target.shared_memory
+    check_overlap(compiled.assembly, mode)
+    # Stores, fence, announcement; then the wait, the other fence, and loads.
+    announces = r"(?:atom|red|ld)[\w.]*\.(?:release|acquire)[\w.]*"
+    accesses = r"fence\.proxy\.async\.global|st\.global|cp\.async\.bulk\.tensor[\w.]*"
+    order = re.findall(f"{announces}|{accesses}", compiled.assembly)
+    kinds = [
+        next(k for k in ("fence", "release", "acquire", "st", "cp") if k in op) for op in order
+    ]
+    announced, waited = kinds.index("release"), kinds.index("acquire")
+    assert kinds[announced - 2 : announced] == ["st", "fence"]
+    assert kinds[waited + 1 : waited + 3] == ["fence", "cp"]
 
 
 @pytest.mark.parametrize("tail_m,split_k", [(16, 1), (32, 1), (0, 4)])

@@ -12,6 +12,7 @@ import tilewise
 from tests import cases
 from tilewise import ExpertWeights, MoEShape
 from tilewise.dispatch.config import FewActive, KernelConfig
+from tilewise.dispatch.fuse import MEDIUM, SHORT, TALL
 from tilewise.moe.activation import KINDS, Activation
 from tilewise.moe.forward import EARLY_ROWS
 from tilewise.moe.plan import SCAN_ASSIGNMENTS
@@ -57,10 +58,21 @@ def test_every_case_through_the_operator(case: cases.Case) -> None:
             cases.assert_close_to_reference(out, case, inputs)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 40, 700])
-def test_graph_replays_with_other_routings(num_tokens: int) -> None:
+OLMOE = (64, 8, 2048, 1024)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    [
+        *((n, (64, 4, 512, 256)) for n in (1, 5, 40, 700)),
+        *((n, OLMOE) for n in (8, 16, 300)),
+    ],
+)
+def test_graph_replays_with_other_routings(
+    num_tokens: int, sizes: tuple[int, int, int, int]
+) -> None:
     """One captured graph, replayed with six routings and inputs, each right."""
-    case = cases.Case("graph", num_tokens, 64, 4, 512, 256)
+    case = cases.Case("graph", num_tokens, *sizes)
     inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
     call(case, inputs)
     torch.cuda.synchronize()
@@ -70,8 +82,7 @@ def test_graph_replays_with_other_routings(num_tokens: int) -> None:
     routings = ["uniform", "hot", "one_expert", "zipf", "sentinels", "all_sentinels"]
     for seed, routing in enumerate(routings):
         fresh = cases.make_inputs(
-            cases.Case("graph", num_tokens, 64, 4, 512, 256, routing=routing), torch.bfloat16,
-            "cuda", seed + 1,
+            replace(case, routing=routing), torch.bfloat16, "cuda", seed + 1,
         )  # fmt: skip
         inputs.hidden_states.copy_(fresh.hidden_states)
         inputs.topk_ids.copy_(fresh.topk_ids)
@@ -81,6 +92,39 @@ def test_graph_replays_with_other_routings(num_tokens: int) -> None:
         cases.assert_within(
             out, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
         )
+
+
+def fused_here(sizes: tuple[int, int, int, int], num_tokens: int) -> bool:
+    """Whether both products of such a call run in one launch; Hopper's table says so."""
+    experts, top_k, hidden, inter = sizes
+    problem = LayerProblem(num_tokens, top_k, experts, hidden, inter, 2, True, True)
+    return schedule(problem, tilewise.Target.probe()).fused
+
+
+@pytest.mark.parametrize("num_tokens", [8, 300])
+@pytest.mark.parametrize("routing", ["uniform", "hot", "one_expert"])
+def test_one_launch_ends_beside_others(num_tokens: int, routing: str) -> None:
+    """Programs that wait for each other end, with the same bits, while streams share the device."""
+    if not fused_here(OLMOE, num_tokens):
+        pytest.skip("both products run in launches of their own here")
+    case = cases.Case("beside", num_tokens, *OLMOE, routing=routing)
+    inputs = cases.make_inputs(case, torch.bfloat16, "cuda")
+    wanted = call(case, inputs)
+    cases.assert_within(
+        wanted, cases.fp32_experts(case, inputs), cases.plain_torch_experts(case, inputs)
+    )
+    busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    outs = []
+    for _ in range(50):
+        for stream in streams[1:]:
+            with torch.cuda.stream(stream):
+                outs.append(call(case, inputs))
+        with torch.cuda.stream(streams[0]):
+            busy = (busy @ busy).clamp_(-1, 1)
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, wanted) for out in outs)
 
 
 def test_the_sizes_choose_inside_a_graph() -> None:
@@ -223,6 +267,8 @@ def test_product_bits_do_not_depend_on_the_tile() -> None:
         problem = LayerProblem(tokens, 4, 32, 4096, 1536, 2, True, True)
         for machine in (target, replace(target, warpgroup_mma=False)):
             outs.append(call(case, inputs, config=schedule(problem, machine)))
+    for pair in (SHORT, MEDIUM, TALL):  # Both products in one launch.
+        outs.append(call(case, inputs, config=tilewise.LayerConfig("grouped", *pair, fused=True)))
     assert all(torch.equal(out, outs[0]) for out in outs), shape
 
 
@@ -271,11 +317,13 @@ def test_workspace_size_is_the_peak(num_tokens: int) -> None:
 
 def compiled_variants() -> set[object]:
     """Every variant that this process has compiled or loaded, over all kernels."""
-    from tilewise.moe.kernels import combine, decode, grouped, plan, topk
+    from tilewise.moe.kernels import combine, decode, fused, grouped, plan, topk
 
-    kernels = [grouped.grouped_gemm_kernel, decode.decode_gate_up_kernel, decode.decode_down_kernel,
-               plan.plan_kernel, plan.plan_count_kernel, plan.plan_place_kernel,
-               combine.combine_kernel, topk.route_kernel]  # fmt: skip
+    kernels = [
+        grouped.grouped_gemm_kernel, fused.fused_gemms_kernel, decode.decode_gate_up_kernel,
+        decode.decode_down_kernel, plan.plan_kernel, plan.plan_count_kernel,
+        plan.plan_place_kernel, combine.combine_kernel, topk.route_kernel,
+    ]  # fmt: skip
     found: set[object] = set()
     for kernel in kernels:
         for caches in kernel.device_caches.values():
@@ -285,15 +333,15 @@ def compiled_variants() -> set[object]:
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
 def test_nothing_compiles_after_warmup(invariant: bool) -> None:
-    shape = MoEShape(24, 3, 768, 320)
+    shape = MoEShape(24, 8, 2048, 1024)
     listed = tilewise.warmup(shape, max_tokens=3000, batch_invariant=invariant)
     assert listed
     before = compiled_variants()
     weights = tilewise.FusedExperts(shape, device="cuda").weights
     for num_tokens in (1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 65, 100, 333, 1024, 1025, 2999):
-        x = torch.randn(num_tokens, 768, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
         logits = torch.randn(num_tokens, 24, device="cuda", dtype=torch.bfloat16)
-        topk_weights, ids = tilewise.route(logits, 3)
+        topk_weights, ids = tilewise.route(logits, 8)
         tilewise.fused_experts(x, weights, topk_weights, ids, batch_invariant=invariant)
     torch.cuda.synchronize()
     assert not compiled_variants() - before
@@ -417,20 +465,22 @@ def test_shared_reductions_after_a_plan_in_two_launches() -> None:
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["all_here", "expert_map"])
-@pytest.mark.parametrize("pairs", [False, True], ids=["chosen", "two_configurations"])
+@pytest.mark.parametrize("kind", ["chosen", "two_configurations", "one_launch"])
 @pytest.mark.parametrize(
     "shape", [MoEShape(64, 4, 512, 256), MoEShape(128, 8, 4096, 192)], ids=["plain", "shared"]
 )
 def test_calls_in_a_row_share_their_memory(
-    shape: MoEShape, pairs: bool, mapped: bool, captured: bool
+    shape: MoEShape, kind: str, mapped: bool, captured: bool
 ) -> None:
     """Kernels that start before the one ahead has ended write nothing that it still reads.
 
     Pairs of calls, of many sizes, on one workspace and one tensor between the two calls of a pair;
-    also with two configurations of each product, of which the device chooses one.
+    also with two configurations of each product, of which the device chooses one, and with both
+    products in one launch.
     """
     target = tilewise.Target.probe()
-    if pairs and not target.tensor_descriptors:
+    pairs = kind == "two_configurations"
+    if kind != "chosen" and not target.tensor_descriptors:
         pytest.skip(f"{target.arch} has no tensor descriptors")
     experts, top_k, hidden = shape.num_experts, shape.top_k, shape.hidden_size
     counts = (1200, 128, 1, 16, 3, 20)
@@ -447,6 +497,9 @@ def test_calls_in_a_row_share_their_memory(
         few = FewActive(KernelConfig(16, 64, 64, descriptors=True, split_k=4), 3 * top_k)
         assert few.up_to < here.num_experts  # Both are launched.
         config = tilewise.LayerConfig("grouped", plain, plain, few, few)
+    if kind == "one_launch":
+        tiles = KernelConfig(64, 64, 64, descriptors=True, tail_m=16, occupancy=2)
+        config = tilewise.LayerConfig("grouped", tiles, replace(tiles, block_n=128), fused=True)
     xs = [torch.empty(n, hidden, dtype=torch.bfloat16, device="cuda") for n in counts]
     gates = [torch.empty(n, top_k, device="cuda") for n in counts]
     ids = [torch.empty(n, top_k, dtype=torch.int32, device="cuda") for n in counts]

@@ -102,6 +102,77 @@ def test_the_sizes_choose_between_two_configurations(routing: str, expert_map: s
     check(case, torch.float32, config)
 
 
+FUSED = {
+    "plain": (KernelConfig(16, 32, 32, 2), KernelConfig(16, 64, 16, 1)),
+    "swapped": (
+        KernelConfig(16, 32, 16, 2, swap_operands=True),
+        KernelConfig(32, 32, 32, 2, swap_operands=True),
+    ),
+    "tails": (KernelConfig(64, 32, 16, 1, tail_m=16), KernelConfig(32, 64, 16, 2, tail_m=16)),
+    "taller_down": (KernelConfig(16, 64, 32, 4), KernelConfig(64, 16, 16, 4, tail_m=32)),
+}
+
+
+def fused(name: str) -> LayerConfig:
+    gate_up, down = (replace(config, descriptors=True, occupancy=3) for config in FUSED[name])
+    return LayerConfig("grouped", gate_up, down, fused=True)
+
+
+@pytest.mark.parametrize("case", FEW_EXPERTS, ids=lambda c: c.name)
+def test_both_products_in_one_launch(case: cases.Case) -> None:
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    w = inputs.weights
+    problem = problem_of(inputs.hidden_states, w.gate, w.up, w.down, inputs.topk_ids, True, False)
+    if problem.fusable:
+        check(case, torch.float32, fused("plain"))
+    elif case.num_tokens:
+        with pytest.raises(ValueError, match=r"use fused=False|do not suit a tensor descriptor"):
+            check(case, torch.float32, fused("plain"))
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+@pytest.mark.parametrize("routing", ["zipf", "hot", "one_expert", "all_sentinels"])
+def test_one_launch_with_every_kind_of_tile(name: str, routing: str) -> None:
+    """The same bits as by two launches of the same tiles: in any order, twice on one workspace."""
+    case = cases.Case("fused", 75, 6, 2, 96, 64, bias=True, routing=routing)
+    config = fused(name)
+    assert LayerConfig.from_json(config.to_json()) == config
+    inputs = cases.make_inputs(case, torch.float16, DEVICE)
+    size = run_layer(case, inputs, config, size_only=True)
+    workspace = torch.full((size + 4096,), 255, dtype=torch.uint8, device=DEVICE)
+    apart = run_layer(case, inputs, replace(config, fused=False))
+    for _ in range(2):
+        assert torch.equal(run_layer(case, inputs, config, workspace=workspace), apart)
+    cases.assert_close_to_reference(apart, case, inputs)
+
+
+def test_one_launch_after_a_plan_in_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other kernel that sets tickets to zero; every tile is drawn once."""
+    num_tokens = 2100
+    if INTERPRETED:
+        num_tokens = 29
+        monkeypatch.setattr(plan, "SCAN_ASSIGNMENTS", 16)
+        monkeypatch.setattr(plan, "chunk_of", lambda num_assignments: 32)
+    case = cases.Case("fused_long", num_tokens, 3, 2, 96, 64, routing="zipf")
+    config, target = fused("tails"), Target.probe(DEVICE)
+    inputs = cases.make_inputs(case, torch.float32, DEVICE)
+    w = inputs.weights
+    problem = problem_of(inputs.hidden_states, w.gate, w.up, w.down, inputs.topk_ids, True, False)
+    sizes = buffer_sizes(problem, config, target)
+    workspace = torch.full((sum(sizes),), 255, dtype=torch.uint8, device=DEVICE)
+    out = run_layer(case, inputs, config, workspace=workspace)
+    cases.assert_close_to_reference(out, case, inputs)
+    first = plan.plan_ints(2 * num_tokens, 3)
+    counters = carve(workspace, sizes, torch.float32)[0][
+        first : first + num_counters(config, 3, target)
+    ]
+    rows = inputs.topk_ids.flatten().bincount(minlength=3)
+    assert counters[1:4].tolist() == ((rows + 63) // 64 * 2).tolist()  # 64 columns are two tiles.
+    tiles = int(counters[1:4].sum()) + int(((rows + 31) // 32 * 2).sum())  # 96: one and a half.
+    programs = min(int(counters[0]) - tiles, 3 * target.num_sms)
+    assert int(counters[0]) == tiles + programs and programs > 0  # Each leaves by one in vain.
+
+
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_variants_with_segments_of_several_tiles(name: str) -> None:
     """Rows past a segment's first tile, groups of row tiles, last tiles nearly empty."""
@@ -132,7 +203,7 @@ def test_shared_reductions_after_a_plan_in_two_launches(
     # Programs did arrive, in both products.
     assert plan.count_ints(rows, case.num_experts)
     counters = carve(workspace, sizes, torch.float32)[0][plan.plan_ints(rows, case.num_experts) :]
-    arrived = counters[: 2 * num_counters(config, target)].view(2, -1)
+    arrived = counters[: num_counters(config, case.num_experts, target)].view(2, -1)
     assert (arrived.amax(1) > 1).all() and arrived.min() >= 0
 
 

@@ -27,7 +27,8 @@ class KernelConfig:
         swap_operands: multiply weights by tokens, so that few tokens ride on the narrow side.
         descriptors: load weights, and rows already in order, through tensor descriptors.
         persistent: as many programs as fit, each walking the tile list.
-        occupancy: programs per multiprocessor that a persistent or split grid assumes.
+        occupancy: programs per multiprocessor that a persistent or split grid assumes, and one of
+            both products (then gate+up's counts).
         tail_m: rows of the short tile for what is left of a segment; 0 for tall tiles alone.
         split_k: programs that may share a tile's reduction where tiles are too few; decided on the
             device, from the sizes that are there.

@@ -61,9 +61,10 @@ def pair_distance(gate: torch.Tensor, up: torch.Tensor) -> int:
     return 0 if (distance * up.element_size()) % 16 else distance
 
 
-def _pair_argument(
+def pair_argument(
     gate: torch.Tensor, up: torch.Tensor, distance: int, config: KernelConfig
 ) -> TensorDescriptor:
+    """Gate and up, `distance` elements apart, of which one load takes a tile each."""
     experts, n, k = up.shape
     stride_e, stride_n, _ = up.stride()
     return TensorDescriptor(
@@ -74,12 +75,13 @@ def _pair_argument(
     )
 
 
-def _rows_argument(rows: torch.Tensor, height: int, width: int) -> TensorDescriptor:
+def rows_argument(rows: torch.Tensor, height: int, width: int) -> TensorDescriptor:
     """[R, K] rows of which tiles are read or written, clipped to one segment each."""
     return create_ragged_descriptor(rows, [height, width])
 
 
-def _weight_argument(weight: torch.Tensor, config: KernelConfig) -> Any:
+def weight_argument(weight: torch.Tensor, config: KernelConfig) -> Any:
+    """[E, N, K] weights as the kernel takes them: a descriptor of tiles, or the tensor."""
     if not config.descriptors:
         return weight
     block = [1, config.block_n, config.block_k]
@@ -155,14 +157,14 @@ def grouped_gemm_into(
     launch(
         grouped_gemm_kernel,
         (programs,),
-        _rows_argument(x, config.block_m, config.block_k) if x_descriptor else x,
-        _rows_argument(x, config.tail_m, config.block_k) if x_descriptor and config.tail_m else x,
-        _pair_argument(g, up, distance, config) if distance else _weight_argument(g, config),
-        _weight_argument(up, config),
+        rows_argument(x, config.block_m, config.block_k) if x_descriptor else x,
+        rows_argument(x, config.tail_m, config.block_k) if x_descriptor and config.tail_m else x,
+        pair_argument(g, up, distance, config) if distance else weight_argument(g, config),
+        weight_argument(up, config),
         gb,
         ub,
-        _rows_argument(out, config.block_m, config.block_n // parts) if parts else out,
-        _rows_argument(out, config.tail_m, config.block_n // parts)
+        rows_argument(out, config.block_m, config.block_n // parts) if parts else out,
+        rows_argument(out, config.tail_m, config.block_n // parts)
         if parts and config.tail_m
         else out,
         ragged.sizes,

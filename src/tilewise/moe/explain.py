@@ -115,6 +115,8 @@ def _source(problem: LayerProblem, layer: LayerConfig, target: Target) -> str:
     gemms = problem.gemms()
     if layer.path != "grouped" or not any(costs_speak(gemm, target) for gemm in gemms):
         return "closed form"
+    if layer.fused:
+        return "closed form for both products in one launch"
     if (layer.gate_up, layer.down) == tuple(rule(gemm, target) for gemm in gemms):
         return "closed form, which fitted costs do not beat"
     return "fitted costs"
@@ -173,6 +175,7 @@ class Explanation:
                 f"path        {self.config.path} on {self.target} ({self.source})",
                 *self._product("gate+up", "gate_up"),
                 *self._product("down", "down"),
+                *(["launches    one for both products"] if self.config.fused else []),
                 weights,
                 f"activations {self.activation_bytes / 1e6:.1f} MB, "
                 f"{self.saving:.0%} less than unfused",

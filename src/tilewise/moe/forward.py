@@ -12,7 +12,14 @@ from . import replay
 from .activation import Activation
 from .combine import combine_into
 from .decode import decode_down_into, decode_gate_up_into
-from .experts import SplitScratch, grouped_gemm_into, suits_descriptor
+from .experts import (
+    MAX_RAGGED_ROWS,
+    SplitScratch,
+    grouped_gemm_into,
+    pair_distance,
+    suits_descriptor,
+)
+from .fused import fused_gemms_into
 from .launch import INTERPRETED, Overlap, on_device, recording, tf32_allowed
 from .plan import carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
@@ -55,6 +62,10 @@ def problem_of(
         descriptors,
         reduce,
         batch_invariant,
+        descriptors
+        and (gate is None or pair_distance(gate, up) != 0)
+        and (intermediate_size * hidden_states.element_size()) % 16 == 0
+        and topk_ids.numel() <= MAX_RAGGED_ROWS,
     )
 
 
@@ -322,27 +333,35 @@ def _grouped_into(
     act = act[: num_rows * intermediate_size].view(num_rows, intermediate_size)
     rows = rows[: num_rows * hidden_size].view(num_rows, hidden_size)
     counts = carve_counts(ints, num_rows, num_local)
-    num = num_counters(layer, target)
+    num = num_counters(layer, num_local, target)
     first = plan_ints(num_rows, num_local)
-    counters = ints[first : first + 2 * num] if num else None
+    counters = ints[first : first + num] if num else None
     overlap = overlap_of(num_rows, target)
     plan_into(ragged, counts, topk_ids, num_experts, expert_map, counters, overlap)
-    for config, active in launches(layer.gate_up, layer.gate_up_few, num_local):
-        grouped_gemm_into(
-            act, hidden_states, gate, up, ragged, config, target,
-            gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
-            row_weights=topk_weights if apply_router_weight_on_input else None,
-            activation=activation,
-            scratch=None if counters is None else SplitScratch(partials, counters[:num]),
-            overlap=overlap, active=active,
+    row_weights = topk_weights if apply_router_weight_on_input else None
+    if layer.fused:
+        assert counters is not None
+        fused_gemms_into(
+            rows, act, hidden_states, gate, up, down, ragged, layer, target, counters,
+            top_k=topk_ids.shape[1], activation=activation, gate_bias=gate_bias, up_bias=up_bias,
+            down_bias=down_bias, row_weights=row_weights, overlap=overlap,
         )  # fmt: skip
-    for config, active in launches(layer.down, layer.down_few, num_local):
-        grouped_gemm_into(
-            rows, act, None, down, ragged, config, target,
-            gathered=False, up_bias=down_bias,
-            scratch=None if counters is None else SplitScratch(partials, counters[num:]),
-            overlap=overlap, active=active,
-        )  # fmt: skip
+    else:
+        halves = (None, None) if counters is None else counters.chunk(2)
+        scratch = [None if half is None else SplitScratch(partials, half) for half in halves]
+        for config, active in launches(layer.gate_up, layer.gate_up_few, num_local):
+            grouped_gemm_into(
+                act, hidden_states, gate, up, ragged, config, target,
+                gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
+                row_weights=row_weights, activation=activation, scratch=scratch[0],
+                overlap=overlap, active=active,
+            )  # fmt: skip
+        for config, active in launches(layer.down, layer.down_few, num_local):
+            grouped_gemm_into(
+                rows, act, None, down, ragged, config, target,
+                gathered=False, up_bias=down_bias, scratch=scratch[1], overlap=overlap,
+                active=active,
+            )  # fmt: skip
     combine_into(
         out, rows, ragged.scatter, topk_weights,
         router_weight=not apply_router_weight_on_input, overlap=overlap,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
+from ..dispatch.fuse import fuse, why_not_fused
 from ..dispatch.rules import choose_stream
 from ..dispatch.select import choose, choose_pair
 from ..target import Target
@@ -29,6 +30,7 @@ class LayerConfig:
         gate_up: configuration of the first product.
         down: configuration of the second product.
         gate_up_few, down_few: what runs instead of either when few experts are active.
+        fused: both products in one launch (kernels/fused.py); "grouped" only.
     """
 
     path: str
@@ -36,6 +38,7 @@ class LayerConfig:
     down: KernelConfig | StreamConfig
     gate_up_few: FewActive | None = None
     down_few: FewActive | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         kinds = {"decode": StreamConfig, "grouped": KernelConfig}
@@ -46,6 +49,19 @@ class LayerConfig:
                 raise ValueError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
         if self.path == "decode" and (self.gate_up_few or self.down_few):
             raise ValueError("path='decode' takes no gate_up_few or down_few: use 'grouped'")
+        if self.fused:
+            self._check_fused()
+
+    def _check_fused(self) -> None:
+        if self.path != "grouped" or self.gate_up_few or self.down_few:
+            raise ValueError(
+                "fused=True takes path='grouped' and one configuration a product: "
+                "leave out gate_up_few and down_few"
+            )
+        assert isinstance(self.gate_up, KernelConfig) and isinstance(self.down, KernelConfig)
+        reason = why_not_fused(self.gate_up, self.down)
+        if reason is not None:
+            raise ValueError(f"fused=True: {reason}")
 
     def kernels(self, product: str) -> tuple[KernelConfig, ...]:
         """What may run as "gate_up" or "down" on the grouped path: one, or one of two."""
@@ -66,7 +82,10 @@ class LayerConfig:
             for name in ("gate_up_few", "down_few")
             if values.get(name)
         }
-        return LayerConfig(values["path"], kind(**values["gate_up"]), kind(**values["down"]), **few)
+        return LayerConfig(
+            values["path"], kind(**values["gate_up"]), kind(**values["down"]), **few,
+            fused=values.get("fused", False),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,7 @@ class LayerProblem:
     descriptors_possible: bool
     reduce: bool = True
     batch_invariant: bool = False
+    fusable: bool = True  # Gate and up by one descriptor, and activations that suit one.
 
     def gemms(self, fixed_batch: bool = False) -> tuple[GroupedGemm, GroupedGemm]:
         """The two products; with `fixed_batch`, of a batch of one fixed size."""
@@ -120,6 +140,10 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     (first, first_few), (second, second_few) = (
         choose_pair(gemm, target) for gemm in (gate_up, down)
     )
+    if first_few is None and second_few is None and problem.fusable:
+        pair = fuse(*problem.gemms(), target)
+        if pair is not None:
+            return LayerConfig("grouped", *pair, fused=True)
     return LayerConfig("grouped", first, second, first_few, second_few)
 
 
@@ -165,6 +189,18 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
             )
         for kernel_config in config.kernels(name):
             _check_kernel(name, kernel_config, gemm, problem, target)
+    if config.fused and not problem.fusable:
+        raise ValueError(
+            "config.fused=True loads gate and up by one descriptor and activations by another: "
+            "gate and up must be parts of one tensor, a multiple of 16 bytes apart, and a row of "
+            f"intermediate_size={problem.intermediate_size} must take a multiple of 16 bytes; "
+            "else use fused=False"
+        )
+    if config.fused and target.backend == "hip":
+        raise ValueError(
+            f"config.fused=True: programs that wait for each other were never tested on "
+            f"{target.arch}; use fused=False"
+        )
     return config
 
 

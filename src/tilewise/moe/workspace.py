@@ -21,17 +21,23 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def num_counters(config: LayerConfig, target: Target) -> int:
-    """int32 elements that count the programs of each shared reduction, in each product."""
+def num_counters(config: LayerConfig, num_experts: int, target: Target) -> int:
+    """int32 elements, a power of two or 0, that are zero when the first product starts.
+
+    Both products in one launch: a ticket, and the tiles stored of each expert. Else the programs of
+    each shared reduction, in either product.
+    """
+    if config.fused:
+        return next_power_of_two(num_experts + 1)
     products = (*config.kernels("gate_up"), *config.kernels("down"))
-    return max(
+    return 2 * max(
         (next_power_of_two(target.num_sms * c.occupancy) for c in products if c.split_k > 1),
         default=0,
     )
 
 
 def split_sizes(problem: LayerProblem, config: LayerConfig, target: Target) -> tuple[int, int]:
-    """(counters of both products, fp32 partial sums), in elements."""
+    """(counters, fp32 partial sums), in elements."""
     partials = max(
         (
             split_elements(kernel, weights, target.num_sms)
@@ -40,7 +46,7 @@ def split_sizes(problem: LayerProblem, config: LayerConfig, target: Target) -> t
         ),
         default=0,
     )
-    return 2 * num_counters(config, target), partials
+    return num_counters(config, problem.num_experts, target), partials
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +57,7 @@ def reserve(problem: LayerProblem, target: Target) -> tuple[int, int]:
     """
     needs = [(0, 0)]
     for tokens in {*buckets(problem.num_tokens), problem.num_tokens}:
-        call = replace(problem, num_tokens=tokens, descriptors_possible=True)
+        call = replace(problem, num_tokens=tokens, descriptors_possible=True, fusable=True)
         layer = schedule(call, target)
         if layer.path == "grouped":
             needs.append(split_sizes(call, layer, target))
