@@ -2,13 +2,15 @@
 
 ``python -m bench.foreign measure --out FILE`` times 60 configurations of vLLM's layer, and what it
 would itself choose, on every row; ``python -m bench.foreign score FILE`` fits costs to the rows
-marked "fit", described by the grids of both launches alone, and scores choices on the others.
+marked "fit", described by the grids of both launches alone, and scores choices on the others;
+``python -m bench.foreign cross_validate FILE`` fits and scores among the rows marked "fit" alone.
 RaMP (arXiv 2604.26039) did this with Alpha-MoE's kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -17,8 +19,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from bench.peers import base
 from bench.regret import SHAPES, Row, mean_us, quantiles, regret
 from bench.results import TIMED, load
 from tilewise.dispatch.config import GroupedGemm, KernelConfig
-from tilewise.dispatch.features import features
+from tilewise.dispatch.features import FEATURES, RESERVED, features
 from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
 from tilewise.dispatch.select import robust_scores
 from tilewise.dispatch.table import corrections, place
@@ -43,6 +46,18 @@ UNSEEN = "qwen2-moe-57b"
 TOKENS = (8, 64, 512, 4096)
 ROUTINGS = ("uniform", "zipf1.2", "hot")
 OUT = Path(__file__).parent / "results" / "h200_foreign.json"
+# Weight of a shared coefficient; 1: as much as the row in which its term weighs most. By
+DOUBT = 1.0  # cross-validation, where 0.3 to 2 do nearly as well.
+ITEMSIZE = 2  # Bytes: bf16.
+L2_SHARE = 0.9  # Of L2, that weights may fill and still be there when they are read again.
+# Rows that are left out together.
+FOLDS: dict[str, Callable[[Row], Hashable]] = {
+    "shapes": lambda row: row["shape"],
+    "routings and token counts": lambda row: (row["routing"], row["T"]),
+    "token counts": lambda row: row["T"],
+    "routings": lambda row: row["routing"],
+    "rows": lambda row: (row["shape"], row["routing"], row["T"]),
+}
 Values = tuple[float, ...]
 
 
@@ -206,12 +221,90 @@ def products(shape: MoEShape, tokens: int) -> tuple[GroupedGemm, GroupedGemm]:
     return GroupedGemm(rows, tokens, e, 2 * i, h), GroupedGemm(rows, tokens, e, h, i)
 
 
+def programs_per_sm(config: KernelConfig, target: Target) -> int:
+    """Programs that one multiprocessor holds; 58 of the 60 as Triton 3.6 compiles them for sm_90.
+
+    Products of fewer than 64 rows pass through registers: one stage less waits in shared memory.
+    """
+    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    through_registers = config.block_m < 64
+    registers = 40 + 2 * accumulators if through_registers else 24 + 3 * accumulators // 2
+    stages = config.num_stages - through_registers
+    shared = stages * (config.block_m + config.block_n) * config.block_k * ITEMSIZE
+    by_memory = (target.shared_memory + RESERVED) // (shared + RESERVED)
+    return max(1, min(by_memory, 65536 // (32 * config.num_warps * registers)))
+
+
+def weight_reads(
+    config: KernelConfig, gemm: GroupedGemm, target: Target, histogram: Histogram
+) -> int:
+    """How often an expert's weights come from memory, summed over experts.
+
+    Groups of row tiles follow each other, each over all columns. Weights that exceed L2 are read
+    again by every group of their expert that does not run at the same time.
+    """
+    if gemm.n * gemm.k * ITEMSIZE <= L2_SHARE * target.l2_bytes:
+        return histogram.active
+    resident = target.num_sms * programs_per_sm(config, target)
+    columns = -(-gemm.n // config.block_n)
+    reads = 0
+    for size in histogram.sizes:
+        tiles = -(-size // config.block_m)
+        together = max(1, resident // (columns * min(config.group_m, tiles)))
+        reads += -(-tiles // (config.group_m * together))
+    return reads
+
+
+def launch(config: KernelConfig, gemm: GroupedGemm, target: Target, histogram: Histogram) -> Values:
+    """The grid of one launch: `features` but those of short tiles, weights read, bytes of steps.
+
+    Costs that configurations share need what a step loads, not only how many steps there are.
+    """
+    # Of a persistent configuration the features take the occupancy that it names.
+    held = replace(config, persistent=True, occupancy=programs_per_sm(config, target))
+    values = features(held, gemm, target, histogram)[: FEATURES.index("work_steps")]
+    weights = weight_reads(config, gemm, target, histogram) * gemm.n * gemm.k * ITEMSIZE
+    step = (config.block_m + config.block_n) * config.block_k * ITEMSIZE / 1e4
+    loads = (values[FEATURES.index(name)] * step for name in ("wave_steps", "sm_steps"))
+    return (*values, weights / (target.memory_gbs * 1e3), *loads)
+
+
+@functools.cache
 def described(
     config: KernelConfig, shape: MoEShape, tokens: int, histogram: Histogram, target: Target
 ) -> Values:
     """The grids of both launches, added up."""
-    both = [features(config, gemm, target, histogram) for gemm in products(shape, tokens)]
+    both = [launch(config, gemm, target, histogram) for gemm in products(shape, tokens)]
     return tuple(a + b for a, b in zip(*both, strict=True))
+
+
+def mean(rows: Sequence[Values]) -> Values:
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+
+
+def histograms(row: Row) -> list[Histogram]:
+    """Of each input set that the row's times are means over."""
+    return [Histogram.of(sizes) for sizes in row["sizes"]]
+
+
+def near(
+    common: Values, rows: Sequence[Values], times: Sequence[float], weights: Sequence[float]
+) -> Values:
+    """Coefficients as by `fit.non_negative`, drawn to those that all configurations share.
+
+    A configuration has few rows where it is in the race: fewer than it has coefficients.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    matrix = np.array(rows) / np.array(times)[:, None] * np.array(weights)[:, None]
+    scale = np.abs(matrix).max(axis=0) + 1e-12
+    pull = math.sqrt(DOUBT)
+    solution, _ = nnls(
+        np.vstack([matrix / scale, pull * np.eye(len(scale))]),
+        np.concatenate([weights, pull * np.array(common) * scale]),
+    )
+    return tuple(float(value) for value in solution / scale)
 
 
 class Costs:
@@ -225,21 +318,23 @@ class Costs:
             for name in names
             if sum(name in row["times_us"] for row in rows) >= fit.TIMED * len(rows)
         ]
-        self.coefficients: dict[KernelConfig, Values] = {}
+        best = [min(mean_us(row, name) for name in row["times_us"]) for row in rows]
+        cases: dict[KernelConfig, list[tuple[Values, float, float]]] = {}
         for config in self.configs:
-            have = [row for row in rows if config.name in row["times_us"]]
-            times = [mean_us(row, config.name) for row in have]
-            best = [min(mean_us(row, name) for name in row["times_us"]) for row in have]
-            self.coefficients[config] = fit.non_negative(
-                [self._values(config, row) for row in have],
-                times,
-                [min(1.0, b / t) ** fit.RACE for b, t in zip(best, times, strict=True)],
-            )
+            for row, fastest in zip(rows, best, strict=True):
+                if config.name in row["times_us"]:
+                    us = mean_us(row, config.name)
+                    race = min(1.0, fastest / us) ** fit.RACE
+                    cases.setdefault(config, []).append((self._row_values(config, row), us, race))
+        common = fit.non_negative(*zip(*itertools.chain.from_iterable(cases.values()), strict=True))
+        self.coefficients = {
+            config: near(common, *zip(*mine, strict=True)) for config, mine in cases.items()
+        }
         self.exemplars = fit.exemplars(
-            [self._place(row) for row in rows],
+            [self._place(SHAPES[row["shape"]], row["T"], histograms(row)) for row in rows],
             [
                 tuple(
-                    math.log(mean_us(row, c.name) / self._bare(c, self._values(c, row)))
+                    math.log(mean_us(row, c.name) / self._bare(c, self._row_values(c, row)))
                     if c.name in row["times_us"]
                     else None
                     for c in self.configs
@@ -248,23 +343,28 @@ class Costs:
             ],
         )
 
-    def _values(self, config: KernelConfig, row: Row) -> Values:
-        shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
-        return described(config, shape, row["T"], histogram, self.target)
+    def _row_values(self, config: KernelConfig, row: Row) -> Values:
+        return self._values(config, SHAPES[row["shape"]], row["T"], histograms(row))
 
-    def _place(self, row: Row) -> Values:
-        gemm = products(SHAPES[row["shape"]], row["T"])[0]
-        return place(gemm, Histogram.of(row["sizes"][0]))
+    def _values(
+        self, config: KernelConfig, shape: MoEShape, tokens: int, sets: Sequence[Histogram]
+    ) -> Values:
+        return mean([described(config, shape, tokens, one, self.target) for one in sets])
+
+    def _place(self, shape: MoEShape, tokens: int, sets: Sequence[Histogram]) -> Values:
+        return mean([place(products(shape, tokens)[0], one) for one in sets])
 
     def _bare(self, config: KernelConfig, values: Values) -> float:
         row = self.coefficients[config]
         return max(0.1, sum(a * b for a, b in zip(row, values, strict=True)))
 
-    def of(self, shape: MoEShape, tokens: int, histogram: Histogram) -> dict[KernelConfig, float]:
-        """Microseconds by configuration."""
-        shifts = corrections(place(products(shape, tokens)[0], histogram), self.exemplars)
+    def of(
+        self, shape: MoEShape, tokens: int, sets: Sequence[Histogram]
+    ) -> dict[KernelConfig, float]:
+        """Microseconds by configuration, as the mean over input sets."""
+        shifts = corrections(self._place(shape, tokens, sets), self.exemplars)
         return {
-            c: self._bare(c, described(c, shape, tokens, histogram, self.target)) * math.exp(shift)
+            c: self._bare(c, self._values(c, shape, tokens, sets)) * math.exp(shift)
             for c, shift in zip(self.configs, shifts, strict=True)
         }
 
@@ -273,7 +373,7 @@ class Costs:
         scores = robust_scores(
             {
                 family: self.of(
-                    shape, tokens, expected_sizes(family, tokens, shape.top_k, shape.num_experts)
+                    shape, tokens, [expected_sizes(family, tokens, shape.top_k, shape.num_experts)]
                 )
                 for family in FAMILIES
             }
@@ -287,8 +387,8 @@ def score(rows: Sequence[Row], target: Target) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {}
     speed: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        shape, histogram = SHAPES[row["shape"]], Histogram.of(row["sizes"][0])
-        predicted = costs.of(shape, row["T"], histogram)
+        shape = SHAPES[row["shape"]]
+        predicted = costs.of(shape, row["T"], histograms(row))
         chosen = {
             "by histogram": min(predicted, key=predicted.__getitem__).name,
             "static": costs.static(shape, row["T"]).name,
@@ -313,9 +413,22 @@ def score(rows: Sequence[Row], target: Target) -> dict[str, Any]:
     }
 
 
+def cross_validate(rows: Sequence[Row], target: Target) -> dict[str, dict[str, float]]:
+    """Regret by the histogram on rows marked "fit" that costs were not fitted to, by their fold."""
+    fitted = [row for row in rows if row["split"] == "fit"]
+    found: dict[str, list[float]] = {name: [] for name in FOLDS}
+    for name, fold_of in FOLDS.items():
+        for fold in dict.fromkeys(map(fold_of, fitted)):
+            costs = Costs([row for row in fitted if fold_of(row) != fold], target)
+            for row in (row for row in fitted if fold_of(row) == fold):
+                predicted = costs.of(SHAPES[row["shape"]], row["T"], histograms(row))
+                found[name].append(regret(row, min(predicted, key=predicted.__getitem__).name))
+    return {name: quantiles(values) for name, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.foreign")
-    parser.add_argument("command", choices=["measure", "score"])
+    parser.add_argument("command", choices=["measure", "score", "cross_validate"])
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--processes", type=int, default=12)
@@ -325,7 +438,8 @@ def main() -> None:
         measure_all(options)
         return
     data = load(parser, options.file, (*TIMED, "vllm"))
-    print(json.dumps(score(data["rows"], Target.from_arch("sm_90")), indent=1))
+    judge = score if options.command == "score" else cross_validate
+    print(json.dumps(judge(data["rows"], Target.from_arch("sm_90")), indent=1))
 
 
 if __name__ == "__main__":
