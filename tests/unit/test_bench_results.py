@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,16 @@ def test_a_problem_of_many_cells_is_said_once(tmp_path: Path) -> None:
 
 
 COSTS = {
-    "host_cost": ("h200_host_cost.json", "| qwen3-30b-a3b | 1 | uniform | 34.1 | 143.9 |"),
-    "select_cost": ("h200_select_cost.json", "| 247.2 | 246.7 | 249.0 | 1.8 | 0.7% |"),
-    "tune_cost": ("h200_tune.json", "| 41 | 44 | 44 | 1.0163 | 1.0151 | 1.0012 |"),
-    "warmup_cost": ("h200_warmup.json", "| mixtral-8x7b | 8192 | 36 | 10.4 | 0 |"),
+    "host_cost": (
+        "h200_host_cost.json",
+        r"\| qwen3-30b-a3b \| 1 \| uniform \| [\d.]+ \| [\d.]+ \|",
+    ),
+    "select_cost": (
+        "h200_select_cost.json",
+        r"\| [\d.]+ \| [\d.]+ \| [\d.]+ \| -?[\d.]+ \| -?[\d.]+% \|",
+    ),
+    "tune_cost": ("h200_tune.json", r"\| \d+ \| 44 \| 44 \| 1\.\d+ \| 1\.\d+ \| 1\.\d+ \|"),
+    "warmup_cost": ("h200_warmup.json", r"\| mixtral-8x7b \| 8192 \| \d+ \| [\d.]+ \| 0 \|"),
 }
 
 
@@ -70,7 +77,7 @@ def test_reports_of_committed_costs(program: str, capsys: pytest.CaptureFixture[
     usual = capsys.readouterr().out
     main(["report", str(path)])
     printed = capsys.readouterr().out
-    assert printed == usual and line in printed
+    assert printed == usual and re.search(line, printed)
     document = json.loads(path.read_text())
     assert sum(text.startswith("| ") for text in printed.splitlines()) == len(document["rows"]) + 2
     assert f"- unit: {document['meta']['unit']}" in printed and "commit" in printed
