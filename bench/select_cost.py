@@ -42,7 +42,8 @@ KEYS = (*CELL, "us", "select_us", "many", "few")
 
 def plans(problem: LayerProblem, target: Target) -> dict[str, LayerConfig]:
     """The chosen configuration alone, and with the fastest for few experts launched beside it."""
-    alone = schedule(problem, target)
+    # Both products in one launch take no second configuration.
+    alone = schedule(replace(problem, fusable=False), target)
     gemm, _ = problem.gemms()
     table = stage_table(gemm, target)
     assert table is not None

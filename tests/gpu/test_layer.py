@@ -119,7 +119,8 @@ def test_one_launch_ends_beside_others(num_tokens: int, routing: str) -> None:
     outs = []
     for _ in range(50):
         for stream in streams[1:]:
-            with torch.cuda.stream(stream):
+            # Activations of the call before would be these: what is read too early must show.
+            with torch.cuda.stream(stream), cases.poisoned_empty():
                 outs.append(call(case, inputs))
         with torch.cuda.stream(streams[0]):
             busy = (busy @ busy).clamp_(-1, 1)

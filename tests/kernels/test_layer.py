@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from tests import cases
 from tests.kernels.harness import DEVICE, INTERPRETED, run_layer
 from tilewise.dispatch.config import FewActive, KernelConfig, StreamConfig
-from tilewise.moe import plan
+from tilewise.moe import forward, plan
 from tilewise.moe.forward import problem_of
 from tilewise.moe.schedule import LayerConfig
 from tilewise.moe.workspace import buffer_sizes, carve, num_counters
@@ -171,6 +172,43 @@ def test_one_launch_after_a_plan_in_two_launches(monkeypatch: pytest.MonkeyPatch
     tiles = int(counters[1:4].sum()) + int(((rows + 31) // 32 * 2).sum())  # 96: one and a half.
     programs = min(int(counters[0]) - tiles, 3 * target.num_sms)
     assert int(counters[0]) == tiles + programs and programs > 0  # Each leaves by one in vain.
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a program that never comes would hang a GPU")
+@pytest.mark.parametrize("held", [0, 5], ids=["first_expert", "second_row_tile"])
+def test_down_waits_for_every_tile_of_its_expert(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gate+up tile belongs to a program that is slow: nothing of its expert is read before."""
+    case = cases.Case("held", 60, 3, 2, 96, 64, routing="uniform")
+    config, inputs = fused("plain"), cases.make_inputs(case, torch.float16, DEVICE)
+    wanted, launched = run_layer(case, inputs, config), forward.fused_gemms_into
+    seen: dict[str, bool] = {}
+
+    def holding(out: torch.Tensor, act: torch.Tensor, *args: Any, **options: Any) -> None:
+        ragged, counters = args[4], args[7]
+        assert ragged.sizes[0] > 32  # At least three row tiles of two columns each.
+        launched(out, act, *args, **options)
+        good = act.clone()
+        out.fill_(torch.nan)
+        act.fill_(torch.nan)
+        counters.zero_()
+        # All tiles before the held one, and it, are drawn; those before have been stored.
+        counters[0], counters[1] = held + 1, held
+        first = int(ragged.sizes[0])
+        thread = threading.Thread(target=launched, args=(out, act, *args), kwargs=options)
+        thread.start()
+        thread.join(5)
+        seen["waits"] = thread.is_alive()
+        act[:first] = good[:first]
+        counters[1] += 1
+        thread.join(60)
+        seen["ended"] = not thread.is_alive()
+
+    monkeypatch.setattr(forward, "fused_gemms_into", holding)
+    out = run_layer(case, inputs, config)
+    assert seen == {"waits": True, "ended": True}
+    assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

@@ -9,6 +9,8 @@ import torch
 
 from tilewise.dispatch.config import FewActive, KernelConfig, StreamConfig, why_illegal
 from tilewise.dispatch.fuse import MEDIUM, SHORT, TALL, fuse
+from tilewise.dispatch.select import choose
+from tilewise.dispatch.table import shipped
 from tilewise.models import MoEShape
 from tilewise.moe.explain import explain, workspace_size
 from tilewise.moe.forward import problem_of
@@ -45,6 +47,7 @@ def problem(num_tokens: int, sizes: tuple[int, int, int, int] = OLMOE) -> LayerP
         ((8, 2, 4096, 14336), 8, None),
         ((16, 1, 5120, 1024), 300, None),
         ((128, 8, 4096, 192), 8, None),
+        ((1, 8, 4096, 1536), 8, None),
         # A reduction of 22.5 steps.
         ((128, 4, 2880, 2880), 8, None),
     ],
@@ -74,6 +77,18 @@ def test_only_where_measured_and_possible() -> None:
     assert fuse(*here.gemms(), replace(H200, shared_memory=80_000)) is None
 
 
+def test_a_profile_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = shipped("sm_90")
+    monkeypatch.setattr("tilewise.dispatch.table.profiled", lambda *sizes: table)
+    schedule.cache_clear()
+    try:
+        layer = schedule(problem(8), H200)
+        assert not layer.fused
+        assert (layer.gate_up, layer.down) == tuple(choose(g, H200) for g in problem(8).gemms())
+    finally:
+        schedule.cache_clear()
+
+
 def test_what_can_share_a_launch() -> None:
     tile = KernelConfig(16, 64, 64, descriptors=True)
     good = LayerConfig("grouped", tile, tile, fused=True)
@@ -90,6 +105,10 @@ def test_what_can_share_a_launch() -> None:
             LayerConfig("grouped", tile, other, fused=True)
     with pytest.raises(ValueError, match="leave out gate_up_few"):
         LayerConfig("grouped", tile, tile, FewActive(tile, 3), fused=True)
+    with pytest.raises(ValueError, match="fused='false' must be True or False"):
+        LayerConfig.from_json(good.to_json().replace('"fused": true', '"fused": "false"'))
+    with pytest.raises(ValueError, match="gfx942 does not have: use fused=False"):
+        given_schedule(good.to_json(), problem(8), CATALOGUE["gfx942"])
     with pytest.raises(ValueError, match="takes path='grouped'"):
         LayerConfig("decode", StreamConfig(8, 64), StreamConfig(8, 64), fused=True)
     with pytest.raises(ValueError, match=r"parts of one tensor.*else use fused=False"):

@@ -291,6 +291,9 @@ def layer_variants(
         grouped["descriptors, swapped"] = replace(swapped, descriptors=True)
         grouped["descriptors, persistent"] = replace(base, descriptors=True, persistent=True)
     found: dict[str, tuple[LayerConfig | None, int, dict[str, Any]]] = {}
+    if "descriptors" in grouped:
+        tile = grouped["descriptors"]
+        found["one launch"] = (LayerConfig("grouped", tile, tile, fused=True), MANY, {})
     for name, config in grouped.items():
         layer = LayerConfig("grouped", config, config)
         found[name] = (layer, MANY, {"split": True})

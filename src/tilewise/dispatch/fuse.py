@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..target import Target
 from .config import GroupedGemm, KernelConfig, why_illegal
 from .select import FITTED_FROM, costs_speak
+from .table import profile_of
 
 Pair = tuple[KernelConfig, KernelConfig]
 
@@ -34,11 +35,14 @@ FULL = 2 / 3  # Of the programs that fit must have a tile when the fewest expert
 def fuse(gate_up: GroupedGemm, down: GroupedGemm, target: Target) -> Pair | None:
     """The configurations of both products in one launch, or None where two launches are faster.
 
-    Depends on the arguments alone; None where no costs were fitted for the machine.
+    None where no costs were fitted for the machine, and where a user's profile speaks: what it
+    measured are products alone, and they run as it says.
     """
     gemms = (gate_up, down)
     pair = _by_size(gate_up)
     if pair is None or not all(costs_speak(gemm, target) for gemm in gemms):
+        return None
+    if any(profile_of(gemm, target) is not None for gemm in gemms):
         return None
     for config, gemm in zip(pair, gemms, strict=True):
         enough = FULL * target.num_sms * pair[0].occupancy
@@ -61,8 +65,8 @@ def _by_size(gate_up: GroupedGemm) -> Pair | None:
 
 
 def _fewest_tiles(config: KernelConfig, gemm: GroupedGemm) -> int:
-    """Tiles if every token chooses the same segments."""
-    active = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
+    """Tiles if every token chooses the same segments, all of them here."""
+    active = min(gemm.num_segments, -(-gemm.max_rows // max(1, gemm.max_segment_rows)))
     return active * -(-gemm.max_segment_rows // config.block_m) * -(-gemm.n // config.block_n)
 
 

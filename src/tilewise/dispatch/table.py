@@ -245,9 +245,14 @@ def stage_table(gemm: GroupedGemm, target: Target) -> StageTable | None:
         return None
     if (gemm.gathered, gemm.num_weights) not in ((True, 2), (False, 1)):
         return None
-    widths = (gemm.k, gemm.n) if gemm.gathered else (gemm.n, gemm.k)
-    top_k = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
-    table = profiled(gemm.num_segments, *widths, top_k, target) or shipped(target.arch)
+    table = profile_of(gemm, target) or shipped(target.arch)
     if table is None:
         return None
     return table.gate_up if gemm.gathered else table.down
+
+
+def profile_of(gemm: GroupedGemm, target: Target) -> Table | None:
+    """The table of a user's profile for gate+up (`gathered`) or down of these sizes, or None."""
+    widths = (gemm.k, gemm.n) if gemm.gathered else (gemm.n, gemm.k)
+    top_k = -(-gemm.max_rows // max(1, gemm.max_segment_rows))
+    return profiled(gemm.num_segments, *widths, top_k, target)

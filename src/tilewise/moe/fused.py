@@ -55,6 +55,7 @@ def fused_gemms_into(
     assert gate is None or distance != 0
     tiles = max_tiles(ragged.max_rows, num_experts, first.block_m) * cdiv(inter, first.block_n)
     tiles += max_tiles(ragged.max_rows, num_experts, second.block_m) * cdiv(hidden, second.block_n)
+    assert tiles < 2**31  # Tickets are 32 bits; a tile has at least 256 results.
     ub = up if up_bias is None else up_bias
     gb = ub if gate_bias is None else gate_bias
     db = down if down_bias is None else down_bias

@@ -53,6 +53,8 @@ class LayerConfig:
             self._check_fused()
 
     def _check_fused(self) -> None:
+        if self.fused is not True:
+            raise ValueError(f"fused={self.fused!r} must be True or False")
         if self.path != "grouped" or self.gate_up_few or self.down_few:
             raise ValueError(
                 "fused=True takes path='grouped' and one configuration a product: "
@@ -181,6 +183,11 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
             raise ValueError("config.path='decode' always reduces; use 'grouped' for reduce=False")
         _check_decode(config, problem, target)
         return config
+    if config.fused and not (target.tensor_descriptors or target.backend == "cpu"):
+        raise ValueError(
+            f"config.fused=True loads by tensor descriptors, which {target.arch} does not have: "
+            "use fused=False"
+        )
     for name, gemm in zip(("gate_up", "down"), problem.gemms(), strict=True):
         if problem.batch_invariant and getattr(config, f"{name}_few"):
             raise ValueError(
@@ -195,11 +202,6 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
             "gate and up must be parts of one tensor, a multiple of 16 bytes apart, and a row of "
             f"intermediate_size={problem.intermediate_size} must take a multiple of 16 bytes; "
             "else use fused=False"
-        )
-    if config.fused and target.backend == "hip":
-        raise ValueError(
-            f"config.fused=True: programs that wait for each other were never tested on "
-            f"{target.arch}; use fused=False"
         )
     return config
 
