@@ -41,8 +41,10 @@ def problem(num_tokens: int, sizes: tuple[int, int, int, int] = OLMOE) -> LayerP
         (OLMOE, 128, None),
         (DEEPSEEK, 128, TALL),
         (OLMOE, 300, TALL),
-        (OLMOE, 640, TALL),
-        (OLMOE, 641, None),
+        (OLMOE, 320, TALL),
+        (OLMOE, 321, None),
+        (DEEPSEEK, 640, TALL),
+        (DEEPSEEK, 641, None),
         # Too few tiles when all tokens choose alike.
         ((8, 2, 4096, 14336), 8, None),
         ((16, 1, 5120, 1024), 300, None),

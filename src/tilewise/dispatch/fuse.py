@@ -19,12 +19,14 @@ SHORT = (
     KernelConfig(16, 32, 128, 8, 4, 4, descriptors=True, occupancy=2),
     KernelConfig(16, 64, 128, 8, 4, 4, swap_operands=True, descriptors=True),
 )
-# Up to 32 tokens, 0.97 with hundreds of experts, nothing with fewer.
+# Up to 32 tokens, 0.97 with hundreds of experts (whose bound on tiles is far above what there is),
+# nothing with fewer.
 MEDIUM = (
     KernelConfig(32, 64, 128, 8, 4, 4, descriptors=True),
     KernelConfig(32, 256, 128, 8, 4, 3, swap_operands=True, descriptors=True),
 )
-# 0.97 from 65 to 256 tokens, 0.99 up to 640; from 1,024 on no gain.
+# 0.97 at 96 and 128 tokens, 0.98 at 300. At 512 only with hundreds of experts (0.97): else 0.98
+# with many active experts, 1.04 to 1.06 with few. From 1,024 on no gain.
 TALL = (
     KernelConfig(128, 128, 64, 8, 8, 4, descriptors=True, tail_m=64),
     KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, tail_m=64),
@@ -57,9 +59,10 @@ def _by_size(gate_up: GroupedGemm) -> Pair | None:
         return None
     if tokens <= 16:  # A reduction that does not divide by the step masks its loads: 1.03.
         return SHORT if hidden % SHORT[0].block_k == 0 else None
+    hundreds = gate_up.num_segments >= 256
     if tokens <= 32:
-        return MEDIUM if gate_up.num_segments >= 256 else None
-    if tokens <= 64 or tokens > 640 or inter < 1024:
+        return MEDIUM if hundreds else None
+    if tokens <= 64 or tokens > (640 if hundreds else 320) or inter < 1024:
         return None
     return TALL if tokens > 256 or hidden >= 3072 else None
 
