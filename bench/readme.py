@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.protocol import SHAPES
 from bench.results import commits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,11 @@ def ratio(row: dict[str, Any], peer: str) -> float | None:
 
 
 def section(
-    layer: dict[str, Any], host: dict[str, Any], invariant: dict[str, Any], engine: dict[str, Any]
+    layer: dict[str, Any],
+    host: dict[str, Any],
+    invariant: dict[str, Any],
+    engine: dict[str, Any],
+    unseen: dict[str, Any],
 ) -> str:
     """Markdown between the markers."""
     rows = layer["rows"]
@@ -73,11 +78,13 @@ def section(
         "A whole vLLM 0.24 engine, random weights, CUDA graphs, ms a decode step with the "
         "plug-in and "
         "without:",
-        f"{_engine_steps(engine)} (`python -m bench.vllm_engine`).",
+        f"{_engine_steps(engine)} (`python -m bench.vllm_engine`, "
+        f"{' and '.join(sorted({document['meta']['commit'] for document in engine.values()}))}).",
         "",
         f"**Where we lose:** some peer is faster in {len(slower)} of {len(rows)} cells, "
         f"{large} of them at 2048 tokens and more, by up to {worst:.0%}.",
-        "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`.",
+        "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`. "
+        f"{_outside(unseen)} (`python -m bench.unseen report`).",
         f"CPU time of a call alike to an earlier one: {costs[0]:.0f} to {costs[-1]:.0f} µs, "
         f"vLLM's {vllm[0]:.0f} to "
         f"{vllm[-1]:.0f} µs (`python -m bench.host_cost`). `batch_invariant=True` costs "
@@ -90,6 +97,19 @@ def section(
         f"against itself differed by {_noise(meta)}.",
     ]
     return "\n".join(lines)
+
+
+def _outside(unseen: dict[str, Any]) -> str:
+    """Losses at sizes outside the list: of shapes, and of token counts."""
+    said = []
+    for title, inside in (("shapes outside the list", False), ("other token counts", True)):
+        rows = [row for row in unseen["rows"] if (row["shape"] in SHAPES) is inside]
+        ratios = [r for row in rows if (r := report._best_speedup(row)) is not None]
+        lost = [r for r in ratios if r < 1]
+        said.append(
+            f"{title}: {len(lost)} of {len(ratios)} cells, by up to {1 / min(ratios) - 1:.0%}"
+        )
+    return "; ".join(said).capitalize()
 
 
 def _engine_steps(engine: dict[str, Any]) -> str:
@@ -113,13 +133,13 @@ def _host_values(host: dict[str, Any], peer: str) -> list[dict[str, float]]:
 
 def updated(readme: str) -> str:
     """`readme` with the section written anew."""
-    layer, host, invariant, engine = (
+    layer, host, invariant, engine, unseen = (
         json.loads((RESULTS / f"h200_{name}.json").read_text())
-        for name in ("bf16_moe", "host_cost", "batch_invariant", "vllm_smoke")
+        for name in ("bf16_moe", "host_cost", "batch_invariant", "vllm_smoke", "bf16_unseen")
     )
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{section(layer, host, invariant, engine)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{section(layer, host, invariant, engine, unseen)}\n{END}{after}"
 
 
 def main() -> None:

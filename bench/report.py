@@ -160,7 +160,7 @@ def losses_to_tritonmoe(rows: Sequence[Row], baseline: Path = TRITONMOE) -> Tabl
         f"Cells slower than TritonMoE's kernels: {len(found)} of {len(rows)} "
         f"(theirs measured {meta['measured']} on {meta['hardware']}; {meta['note']})"
     )
-    return _losses(title, found)
+    return _losses(title, found, "speed")
 
 
 def remarks(results: Results) -> list[str]:
@@ -235,8 +235,10 @@ def _name(row: Row) -> list[str]:
     return [row["shape"], f"T={row['T']}", row["routing"]]
 
 
-def _losses(title: str, found: list[tuple[float, list[str]]]) -> Table:
-    header = ["shape", "T", "routing", f"{OURS} us", "peer", "us", "speed"]
+def _losses(
+    title: str, found: list[tuple[float, list[str]]], speed: str = "speed, by rounds"
+) -> Table:
+    header = ["shape", "T", "routing", f"{OURS} us", "peer", "us", speed]
     return Table(title, header, [[*line, f"{ratio:.2f}"] for ratio, line in sorted(found)])
 
 

@@ -26,13 +26,13 @@ PROBE = ROOT / "scripts" / "probe_interpreter.py"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Package -> oldest version. The ranges are those of pyproject.toml.
-RUN = {"torch": "2.9", "triton": "3.6", "transformers": "5.10", "typer": "0.15", "rich": "13.7"}
+RUN = {"torch": "2.10", "triton": "3.6", "transformers": "5.10", "typer": "0.15", "rich": "13.7"}
 NEEDS = {
     "run": RUN,
     "test-gpu": {**RUN, "pytest": "8.3"},
     "test": {**RUN, "pytest": "8.3"},
     "lint": {**RUN, "ruff": "0.17", "mypy": "2.4"},
-    "bench": {"torch": "2.9", "triton": "3.6", "typer": "0.15", "rich": "13.7"},
+    "bench": {"torch": "2.10", "triton": "3.6", "typer": "0.15", "rich": "13.7"},
     "triton-newest": {"triton": "3.9", "pytest": "8.3"},
 }
 NEWEST_TRITON = "triton==3.9.0"

@@ -1,5 +1,6 @@
 """Tilewise: the ragged parts of inference at hardware speed, in portable Triton."""
 
+from .dispatch.config import FewActive, KernelConfig, StreamConfig
 from .models import MODELS, MoEShape, moe_shape
 from .moe.activation import SWIGLU, Activation
 from .moe.explain import explain, workspace_size
@@ -16,10 +17,13 @@ __all__ = [
     "SWIGLU",
     "Activation",
     "ExpertWeights",
+    "FewActive",
     "FusedExperts",
     "FusedMoE",
+    "KernelConfig",
     "LayerConfig",
     "MoEShape",
+    "StreamConfig",
     "Target",
     "explain",
     "fused_experts",

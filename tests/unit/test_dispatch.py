@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tilewise.dispatch.config import (
+    FewActive,
     GroupedGemm,
     KernelConfig,
     StreamConfig,
@@ -327,10 +328,21 @@ def test_layer_config_round_trip(config: LayerConfig) -> None:
 def test_layer_config_refuses() -> None:
     with pytest.raises(ValueError, match=r"path='fast' must be one of \['decode', 'grouped'\]"):
         LayerConfig("fast", GROUPED.gate_up, GROUPED.down)
-    with pytest.raises(ValueError, match="path='decode' takes a StreamConfig: gate_up"):
+    with pytest.raises(TypeError, match="path='decode' takes a StreamConfig: gate_up"):
         LayerConfig("decode", GROUPED.gate_up, DECODE.down)
-    with pytest.raises(ValueError, match="path='grouped' takes a KernelConfig: down"):
+    with pytest.raises(TypeError, match="path='grouped' takes a KernelConfig: down"):
         LayerConfig("grouped", GROUPED.gate_up, DECODE.down)
+    tile = GROUPED.gate_up
+    with pytest.raises(TypeError, match=r"gate_up_few=KernelConfig.* must be a FewActive or None"):
+        LayerConfig("grouped", tile, tile, gate_up_few=tile)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="FewActive takes a KernelConfig and an int"):
+        FewActive(tile, 3.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"block_m='a' must be of type int"):
+        KernelConfig("a", 64, 64)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"persistent=1 must be of type bool"):
+        KernelConfig(64, 64, 64, persistent=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"JSON has \['down', 'gate_up', 'path'\] too"):
+        LayerConfig.from_json("{}")
 
 
 def test_given_schedule_takes_what_can_run() -> None:

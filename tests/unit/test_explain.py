@@ -116,7 +116,19 @@ def test_decode_moves_neither_plan_nor_rows() -> None:
 
 def test_a_given_config_is_reported() -> None:
     report = explain(TINY, 33, target=H200, config=DECODE)
-    assert report.config is DECODE and report.source == "given"
+    assert report.config == DECODE and report.source == "given"
+
+
+def test_a_given_config_must_be_one_that_runs() -> None:
+    tile = KernelConfig(64, 64, 64, descriptors=True)
+    config = LayerConfig("grouped", tile, tile, fused=True)
+    assert "one for both products" in str(explain(MIXTRAL, 64, target=H200, config=config))
+    for arch in ("gfx942", "sm_80"):
+        with pytest.raises(ValueError, match=f"tensor descriptors, which {arch} does not have"):
+            explain(MIXTRAL, 64, target=Target.from_arch(arch), config=config)
+    with pytest.raises(ValueError, match="do not suit a tensor descriptor"):
+        odd = MoEShape(8, 2, 4096, 1537)
+        explain(odd, 64, target=H200, config=config)
 
 
 def test_sharing_is_reported_where_it_happens() -> None:

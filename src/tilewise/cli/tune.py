@@ -46,7 +46,7 @@ def tune(
     ),
     jobs: int = typer.Option(min(16, os.cpu_count() or 1), min=1, help="Processes that compile."),
 ) -> None:
-    """Measure a layer here, in one to three minutes, and fit what later processes choose by.
+    """Measure a layer here, in one or two minutes, and fit what later processes choose by.
 
     Every measurement is saved: the same command continues what was stopped.
     """

@@ -51,6 +51,11 @@ class KernelConfig:
     store_parts: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = bool if isinstance(field.default, bool) else int
+            if type(value) is not kind:
+                raise TypeError(f"{field.name}={value!r} must be of type {kind.__name__}")
         for name in ("block_m", "block_n", "block_k", "num_warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
@@ -150,6 +155,10 @@ class FewActive:
     up_to: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, KernelConfig) or type(self.up_to) is not int:
+            raise TypeError(
+                f"FewActive takes a KernelConfig and an int: {self.config!r}, {self.up_to!r}"
+            )
         if self.up_to < 1:
             raise ValueError(f"up_to={self.up_to} must be at least 1")
 

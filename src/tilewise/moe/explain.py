@@ -21,7 +21,7 @@ from .checks import (
     check_target,
 )
 from .plan import plan_ints
-from .schedule import LayerConfig, LayerProblem, schedule
+from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import buffer_sizes
 
 
@@ -207,7 +207,8 @@ def explain(
             torch: `Target.from_arch("sm_90")` is a machine that is not here.
 
     Raises:
-        TypeError: an argument of another type. ValueError: no tokens, or more experts than are.
+        TypeError: an argument of another type. ValueError: no tokens, more experts than are, or a
+            configuration that cannot run there.
     """
     _check(shape, num_tokens, dtype, activation, config, target, least=1)
     if active_experts is not None and not 0 <= active_experts <= shape.num_experts:
@@ -217,7 +218,8 @@ def explain(
         )
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
-    layer = _as_run(config or schedule(problem, machine), activation.is_gated)
+    given = given_schedule(config.to_json(), problem, machine) if config else None
+    layer = _as_run(given or schedule(problem, machine), activation.is_gated)
     e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
     if active_experts is None:
         active_experts = e * (1.0 - (1.0 - k / e) ** num_tokens)

@@ -46,19 +46,23 @@ class LayerConfig:
             raise ValueError(f"path={self.path!r} must be one of {sorted(kinds)}")
         for name in ("gate_up", "down"):
             if not isinstance(getattr(self, name), kinds[self.path]):
-                raise ValueError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
-        if self.path == "decode" and (self.gate_up_few or self.down_few):
-            raise ValueError("path='decode' takes no gate_up_few or down_few: use 'grouped'")
+                raise TypeError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
+            few = getattr(self, f"{name}_few")
+            if few is not None and not isinstance(few, FewActive):
+                raise TypeError(f"{name}_few={few!r} must be a FewActive or None")
+        if not isinstance(self.fused, bool):
+            raise TypeError(f"fused={self.fused!r} must be True or False")
+        if self.path == "decode" and (self.gate_up_few or self.down_few or self.fused):
+            raise ValueError(
+                "path='decode' takes no gate_up_few, no down_few and no fused: use 'grouped'"
+            )
         if self.fused:
             self._check_fused()
 
     def _check_fused(self) -> None:
-        if self.fused is not True:
-            raise ValueError(f"fused={self.fused!r} must be True or False")
-        if self.path != "grouped" or self.gate_up_few or self.down_few:
+        if self.gate_up_few or self.down_few:
             raise ValueError(
-                "fused=True takes path='grouped' and one configuration a product: "
-                "leave out gate_up_few and down_few"
+                "fused=True takes one configuration a product: leave out gate_up_few and down_few"
             )
         assert isinstance(self.gate_up, KernelConfig) and isinstance(self.down, KernelConfig)
         reason = why_not_fused(self.gate_up, self.down)
@@ -78,6 +82,9 @@ class LayerConfig:
     @staticmethod
     def from_json(text: str) -> LayerConfig:
         values: dict[str, Any] = json.loads(text)
+        missing = {"path", "gate_up", "down"} - set(values)
+        if missing:
+            raise ValueError(f"a LayerConfig's JSON has {sorted(missing)} too")
         kind = StreamConfig if values.get("path") == "decode" else KernelConfig
         few = {
             name: FewActive(KernelConfig(**values[name]["config"]), values[name]["up_to"])
