@@ -78,7 +78,7 @@ def bench(
     device: str = typer.Option("", help='"cpu" or "cuda:N"; the GPU if there is one.'),
 ) -> None:
     """Time the MoE layer of named models, beside other libraries if they are installed."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if out is not None:
         _make_folder("--out", out.parent)
     if charts is not None:
@@ -499,7 +499,8 @@ def table(rows: Sequence[Row]) -> Table:
     short = len(rows) <= 40
     result = Table(title="" if short else "Geometric means over routings", title_justify="left")
     for column in ("model", "tokens", *(["routing"] if short else []), "floor us", *names):
-        result.add_column(column, justify="left" if column in ("model", "routing") else "right")
+        left = column in ("model", "routing")
+        result.add_column(column, justify="left" if left else "right", overflow="fold")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = (row["shape"], row["T"], row["routing"]) if short else (row["shape"], row["T"])
