@@ -19,8 +19,8 @@ import torch
 from bench import machine, protocol
 from bench.measure import PROVENANCE, prepare
 from bench.peers import base
-from bench.report import Table, show
-from bench.results import CELL, Results, Row, read_named
+from bench.report import Table, reported
+from bench.results import CELL, Results, Row
 
 SHAPE = "qwen3-30b-a3b"
 TOKENS = (1, 2, 4, 8)
@@ -42,11 +42,7 @@ def host_us(call: Callable[[], object], calls: int = CALLS) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes the results file; or prints one."""
-    if arguments[:1] == ["report"]:
-        results = read_named(
-            "python -m bench.host_cost report", arguments[1:], OUT, keys=CELL, entry="host_us"
-        )
-        show(results, table(results.rows))
+    if reported("host_cost", arguments, OUT, table, CELL, "host_us"):
         return
     parser = argparse.ArgumentParser(
         prog="python -m bench.host_cost", description=__doc__.splitlines()[0]

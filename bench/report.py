@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from bench.peers import base
 from bench.protocol import ROUTINGS
-from bench.results import Results, Row, commits
+from bench.results import Results, Row, commits, read_named
 
 OURS = "tilewise"
 SHORT = {"triton_kernels": "tk", "torch_gmm": "torch"}
@@ -188,11 +188,28 @@ def remarks(results: Results) -> list[str]:
     return lines
 
 
-def show(results: Results, table: Table) -> None:
-    """Prints a table of a results file as Markdown, its unit, and what a reader must know."""
+def reported(
+    program: str,
+    arguments: Sequence[str],
+    default: Path,
+    table: Callable[[Sequence[Row]], Table],
+    keys: Sequence[str],
+    entry: str = "",
+) -> bool:
+    """Prints a results file as one table, if these are the arguments of a report; whether so.
+
+    Args:
+        program: a module of `bench`. default: the file if none is named.
+        keys, entry: as `results.load`.
+    """
+    if arguments[:1] != ["report"]:
+        return False
+    named = f"python -m bench.{program} report"
+    results = read_named(named, arguments[1:], default, keys=keys, entry=entry)
     unit = [f"unit: {results.meta['unit']}"] if "unit" in results.meta else []
-    print(table.markdown() + "\n")
+    print(table(results.rows).markdown() + "\n")
     print("\n".join(f"- {line}" for line in [*unit, *remarks(results)]))
+    return True
 
 
 def summary(results: Results) -> list[Table]:

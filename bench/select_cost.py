@@ -19,8 +19,8 @@ import torch
 from bench import machine, protocol
 from bench.measure import PROVENANCE
 from bench.protocol import SHAPES
-from bench.report import Table, show
-from bench.results import CELL, Results, Row, read_named
+from bench.report import Table, reported
+from bench.results import CELL, Results, Row
 from tilewise.dispatch.config import FewActive
 from tilewise.dispatch.histogram import expected_sizes
 from tilewise.dispatch.select import stage_table
@@ -92,9 +92,7 @@ def times_us(
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes the results file; or prints one."""
-    if arguments[:1] == ["report"]:
-        results = read_named("python -m bench.select_cost report", arguments[1:], OUT, keys=KEYS)
-        show(results, table(results.rows))
+    if reported("select_cost", arguments, OUT, table, KEYS):
         return
     parser = argparse.ArgumentParser(
         prog="python -m bench.select_cost", description=__doc__.splitlines()[0]

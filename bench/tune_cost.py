@@ -21,8 +21,8 @@ from bench import machine
 from bench.measure import PROVENANCE
 from bench.protocol import SHAPES
 from bench.regret import SHAPES as FITTED
-from bench.report import Table, show
-from bench.results import CELL, Results, Row, read_named
+from bench.report import Table, reported
+from bench.results import CELL, Results, Row
 from bench.unseen import UNSEEN_SHAPES
 from tilewise.tune import store
 from tilewise.tune.gain import choices
@@ -49,9 +49,7 @@ def profiled(sizes: str, limit: float, folder: Path) -> tuple[store.Profile, flo
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes the results file; or prints one."""
-    if arguments[:1] == ["report"]:
-        results = read_named("python -m bench.tune_cost report", arguments[1:], OUT, keys=KEYS)
-        show(results, table(results.rows))
+    if reported("tune_cost", arguments, OUT, table, KEYS):
         return
     parser = argparse.ArgumentParser(
         prog="python -m bench.tune_cost", description=__doc__.splitlines()[0]

@@ -27,8 +27,8 @@ from bench import machine, protocol
 from bench.measure import PROVENANCE, prepare
 from bench.peers import base
 from bench.protocol import SHAPES
-from bench.report import Table, show
-from bench.results import CELL, Results, Row, read_named
+from bench.report import Table, reported
+from bench.results import CELL, Results, Row
 from tilewise.models import MoEShape
 
 MAX_TOKENS = 8192
@@ -80,9 +80,7 @@ def run_one(shape: str, folder: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes the results file; or prints one."""
-    if arguments[:1] == ["report"]:
-        results = read_named("python -m bench.warmup_cost report", arguments[1:], OUT, keys=KEYS)
-        show(results, table(results.rows))
+    if reported("warmup_cost", arguments, OUT, table, KEYS):
         return
     parser = argparse.ArgumentParser(
         prog="python -m bench.warmup_cost", description=__doc__.splitlines()[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import compare, report
 from bench.results import LAYER, Results, commits, load
 
 ROW = {"shape": "olmoe-1b-7b", "T": 8, "routing": "hot", "E": 64, "floor_us": 9.0, "peers": {}}
@@ -102,13 +102,37 @@ def test_reports_of_costs_refuse_other_files(
         assert said in message and path.name in message
 
 
-def test_a_peer_without_a_time_is_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_peer_without_a_time_is_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from bench import host_cost
 
     peers = {"tilewise": {"host_us": 34.0}, "vllm": {"error": "no kernel"}}
-    results = Results("none.json")
-    results.rows = [ROW | {"peers": peers}]
-    report.show(results, host_cost.table(results.rows))
+    results = Results(tmp_path / "r.json")
+    results.put(ROW | {"peers": peers})
+    results.save()
+    host_cost.main(["report", str(results.path)])
     printed = capsys.readouterr().out
     assert "| olmoe-1b-7b | 8 | hot | 34.0 | - |" in printed
     assert "- olmoe-1b-7b T=8 hot: vllm: no kernel" in printed
+
+
+def test_runs_are_compared_by_what_peers_did_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything a tenth slower on the newer unit, ours a fifth faster beside that."""
+    times = {"tilewise": 100.0, "vllm": 200.0, "sonic": 50.0}
+    old = [ROW | {"commit": "a", "peers": {n: {"us": us} for n, us in times.items()}}]
+    slower = {n: {"us": us * (1.1 * 0.8 if n == "tilewise" else 1.1)} for n, us in times.items()}
+    new = [old[0] | {"commit": "b", "peers": slower}]
+    cell = (ROW["shape"], ROW["T"], ROW["routing"])
+    assert compare.changes(old, new) == {cell: pytest.approx(0.8)}
+    assert compare.changes(old, old) == {}  # Not measured again.
+    assert compare.changes(old, [new[0] | {"peers": {"tilewise": {"us": 1.0}}}]) == {}
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, rows in zip(paths, (old, new), strict=True):
+        results = Results(path)
+        results.rows = rows
+        results.save()
+    compare.main([str(path) for path in paths])
+    assert f"| {ROW['T']} | {ROW['shape']} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([*map(str, paths), "--tokens", "12345"])
