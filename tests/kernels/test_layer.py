@@ -170,12 +170,11 @@ def test_one_launch_after_a_plan_in_two_launches(monkeypatch: pytest.MonkeyPatch
     rows = inputs.topk_ids.flatten().bincount(minlength=3)
     assert counters[1:4].tolist() == ((rows + 63) // 64 * 2).tolist()  # 64 columns are two tiles.
     tiles = int(counters[1:4].sum()) + int(((rows + 31) // 32 * 2).sum())  # 96: one and a half.
-    programs = min(int(counters[0]) - tiles, 3 * target.num_sms)
-    assert int(counters[0]) == tiles + programs and programs > 0  # Each leaves by one in vain.
+    assert 0 < int(counters[0]) - tiles <= 3 * target.num_sms  # Each program leaves by one in vain.
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a program that never comes would hang a GPU")
-@pytest.mark.parametrize("held", [0, 5], ids=["first_expert", "second_row_tile"])
+@pytest.mark.parametrize("held", [0, 5], ids=["first_tile", "last_tile"])
 def test_down_waits_for_every_tile_of_its_expert(
     held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +186,7 @@ def test_down_waits_for_every_tile_of_its_expert(
 
     def holding(out: torch.Tensor, act: torch.Tensor, *args: Any, **options: Any) -> None:
         ragged, counters = args[4], args[7]
-        assert ragged.sizes[0] > 32  # At least three row tiles of two columns each.
+        assert 32 < ragged.sizes[0] <= 48  # Three row tiles of two columns each.
         launched(out, act, *args, **options)
         good = act.clone()
         out.fill_(torch.nan)

@@ -112,8 +112,10 @@ def margin(num_tokens: int) -> float:
 
 def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float], unknown: float) -> float:
     """A configuration's score; that of a twin with other stages where it was not fitted itself."""
+    if config in scores:
+        return scores[config]
     twins = (s for c, s in scores.items() if replace(c, num_stages=config.num_stages) == config)
-    return scores.get(config, min(twins, default=unknown))
+    return min(twins, default=unknown)
 
 
 def family_costs(table: StageTable, gemm: GroupedGemm, target: Target) -> FamilyCosts:

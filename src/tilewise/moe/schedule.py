@@ -150,7 +150,7 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
         choose_pair(gemm, target) for gemm in (gate_up, down)
     )
     if first_few is None and second_few is None and problem.fusable:
-        pair = fuse(*problem.gemms(), target)
+        pair = fuse(gate_up, down, target)
         if pair is not None:
             return LayerConfig("grouped", *pair, fused=True)
     return LayerConfig("grouped", first, second, first_few, second_few)
