@@ -86,6 +86,11 @@ MODELS: dict[str, MoEShape] = {
     "glm-4.5-air": MoEShape(128, 8, 4096, 1408),
     "glm-4.5": MoEShape(160, 8, 5120, 1536),
     "kimi-k2": MoEShape(384, 8, 7168, 2048),
+    "hunyuan-a13b": MoEShape(64, 8, 4096, 3072),
+    "granite-3b-a800m": MoEShape(40, 8, 1536, 512),
+    "dbrx": MoEShape(16, 4, 6144, 10752),
+    "grok-1": MoEShape(8, 2, 6144, 32768),
+    "arctic": MoEShape(128, 2, 7168, 4864),
 }
 
 
