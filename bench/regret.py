@@ -70,6 +70,10 @@ OF_ONLY_FITTED = [
     *(("uniform", t) for t in (8, 40, 128, 200, 512, 1280, 6144)),
     *(("hot", t) for t in (8, 40, 128, 512)), ("zipf1.2", 64), ("zipf1.2", 400),
 ]  # fmt: skip
+# What a robust choice is designed on (families, weights, margins): other families than it assumes.
+DESIGN = [
+    ("dirichlet3", 40), ("dirichlet3", 200), ("few0.25", 128), ("bimodal", 400), ("bimodal", 1280),
+]  # fmt: skip
 # Passes, then the times over the best beyond which a configuration is dropped (interleaved_us).
 ROUNDS = ((2, 1.3), (4, 1.05), (12, 0.0))
 OUT = Path(__file__).parent / "results" / "h200_regret.json"
@@ -91,9 +95,10 @@ def cells(shapes: Sequence[str], more: bool = False) -> Iterator[Cell]:
     """The named rows, shape by shape; `more`: those that costs are only fitted to."""
     for shape in shapes:
         if more and shape not in UNSEEN_MODELS:
-            wanted = OF_ONLY_FITTED if shape in ONLY_FITTED else MORE
+            wanted = [*OF_ONLY_FITTED, *DESIGN] if shape in ONLY_FITTED else MORE
             for (routing, tokens), stage in itertools.product(wanted, measure.STAGES):
-                yield Cell(shape, stage, tokens, routing, "fit")
+                split = "design" if (routing, tokens) in DESIGN else "fit"
+                yield Cell(shape, stage, tokens, routing, split)
         if more or shape in ONLY_FITTED:
             continue
         unseen = shape in UNSEEN_MODELS
