@@ -17,8 +17,8 @@ from rich.progress import track
 from bench.regret import OUT, Row, quantiles, regret
 from bench.regret_score import TARGET, fitted, gemm_of, in_space
 from bench.results import TIMED, load
-from tilewise.dispatch import table
-from tilewise.dispatch.table import Smoothing
+from tilewise.dispatch import smoothing
+from tilewise.dispatch.smoothing import Smoothing
 from tilewise.tune import fit
 
 FOLDS: dict[str, Callable[[Row], Hashable]] = {
@@ -43,11 +43,11 @@ def main() -> None:
     """Prints the mean and the 95th percentile for both kinds of folds."""
     parser = argparse.ArgumentParser(prog="python -m bench.cross_validate")
     parser.add_argument("--extra", type=Path, default=OUT.parent / "h200_profile.json")
-    for name, usual in (("--wide", table.WIDE), ("--narrow", table.NARROW)):
+    for name, usual in (("--wide", smoothing.WIDE), ("--narrow", smoothing.NARROW)):
         parser.add_argument(name, nargs=2, type=float, default=list(usual))
     options = parser.parse_args()
-    table.WIDE = fit.WIDE = Smoothing(*options.wide)
-    table.NARROW = Smoothing(*options.narrow)
+    smoothing.WIDE = Smoothing(*options.wide)
+    smoothing.NARROW = Smoothing(*options.narrow)
     keys = (*TIMED, "stage")
     rows = [in_space(row) for row in load(parser, OUT, keys)["rows"]]
     rows = fitted(rows, load(parser, options.extra, keys)["rows"])

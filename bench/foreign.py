@@ -35,7 +35,8 @@ from tilewise.dispatch.config import GroupedGemm, KernelConfig
 from tilewise.dispatch.features import FEATURES, RESERVED, features
 from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
 from tilewise.dispatch.select import robust_scores
-from tilewise.dispatch.table import corrections, place
+from tilewise.dispatch.smoothing import Corrections, exemplars
+from tilewise.dispatch.table import place
 from tilewise.models import MoEShape
 from tilewise.target import Target
 from tilewise.tune import fit, measure
@@ -330,7 +331,7 @@ class Costs:
         self.coefficients = {
             config: near(common, *zip(*mine, strict=True)) for config, mine in cases.items()
         }
-        self.exemplars = fit.exemplars(
+        known = exemplars(
             [self._place(SHAPES[row["shape"]], row["T"], histograms(row)) for row in rows],
             [
                 tuple(
@@ -342,6 +343,7 @@ class Costs:
                 for row in rows
             ],
         )
+        self.corrections = Corrections(known)
 
     def _row_values(self, config: KernelConfig, row: Row) -> Values:
         return self._values(config, SHAPES[row["shape"]], row["T"], histograms(row))
@@ -362,7 +364,7 @@ class Costs:
         self, shape: MoEShape, tokens: int, sets: Sequence[Histogram]
     ) -> dict[KernelConfig, float]:
         """Microseconds by configuration, as the mean over input sets."""
-        shifts = corrections(self._place(shape, tokens, sets), self.exemplars)
+        shifts = self.corrections.at(self._place(shape, tokens, sets))
         return {
             c: self._bare(c, self._values(c, shape, tokens, sets)) * math.exp(shift)
             for c, shift in zip(self.configs, shifts, strict=True)

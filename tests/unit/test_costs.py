@@ -8,22 +8,24 @@ from dataclasses import replace
 import pytest
 
 from tilewise.dispatch.config import GroupedGemm, KernelConfig, why_illegal
-from tilewise.dispatch.features import FEATURES, features
-from tilewise.dispatch.histogram import Histogram, expected_sizes
+from tilewise.dispatch.features import FEATURES, features, programs_per_sm
+from tilewise.dispatch.histogram import FAMILIES, Histogram, expected_sizes
 from tilewise.dispatch.rules import rule
-from tilewise.dispatch.select import FEWEST, bucket, buckets, choose, margin, robust
-from tilewise.dispatch.space import space
-from tilewise.dispatch.table import (
-    WIDE,
-    StageTable,
-    corrections,
-    shipped,
-    smoothed,
-    stage_table,
+from tilewise.dispatch.select import (
+    FEWEST,
+    bucket,
+    buckets,
+    choose,
+    family_costs,
+    fewest,
+    margin,
+    robust,
 )
+from tilewise.dispatch.smoothing import WIDE, Corrections, Surface, exemplars
+from tilewise.dispatch.space import space
+from tilewise.dispatch.table import StageTable, shipped, stage_table
 from tilewise.models import MODELS
 from tilewise.target import CATALOGUE, Target
-from tilewise.tune.fit import exemplars
 
 H200 = Target.from_arch("sm_90")
 DOWN = GroupedGemm(1024, 128, 128, 2048, 768)
@@ -55,7 +57,7 @@ def test_tiles_of_a_histogram() -> None:
     assert histogram.tiles(64, 16) == (2 + 0 + 1 + 1, 1 + 1)
 
 
-@pytest.mark.parametrize("family", ["uniform", "zipf", "hot"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(8, 8, 128), (300, 2, 8), (4096, 8, 256)])
 def test_expected_sizes_hold_the_rows(family: str, tokens: int, top_k: int, experts: int) -> None:
     histogram = expected_sizes(family, tokens, top_k, experts)
@@ -63,6 +65,9 @@ def test_expected_sizes_hold_the_rows(family: str, tokens: int, top_k: int, expe
     assert histogram.largest <= tokens
     if family == "hot":
         assert histogram.sizes == (tokens,) * top_k
+    if (family, tokens) == ("bimodal", 4096):  # 7/8 of the tokens, and their share of the rest.
+        assert sum(size > 3500 for size in histogram.sizes) == top_k
+        assert sorted(histogram.sizes)[0] < 32
     # Uniform draws of 8 tokens reach 1 - (1 - 8/128)^8 = 40% of the experts.
     if (family, tokens) == ("uniform", 8):
         assert histogram.active == pytest.approx(0.4 * experts, abs=3)
@@ -78,9 +83,18 @@ def test_features_by_hand() -> None:
     assert values["sm_programs"] == 1
     assert values["weights"] == pytest.approx(3 * 2048 * 768 * 2 / 4.8e6)
     assert values["output"] == pytest.approx(165 * 2048 * 2 / 4.8e6)
+    assert values["flow_steps"] == 12  # Less than one wave takes as long as one.
+    operations = 4 * 64 * 2048 * 768 * 2
+    assert operations / 989e6 < values["weights"] and values["excess"] == 0
     shared = replace(config, split_k=4, occupancy=2)
     values = dict(zip(FEATURES, features(shared, DOWN, H200, histogram), strict=True))
     assert values["grid"] == tiles * 4 / 1e3 and values["sm_steps"] == 2 * 3
+    many = Histogram.of([1024] * 3)
+    values = dict(zip(FEATURES, features(config, DOWN, H200, many), strict=True))
+    per_sm = programs_per_sm(config, DOWN, H200)
+    assert values["flow_steps"] == pytest.approx(3 * 16 * 16 / (132 * per_sm) * 12)
+    took = 3 * 1024 * 2048 * 768 * 2 / 989e6
+    assert values["excess"] == pytest.approx(took - values["weights"])
 
 
 def test_exemplars_speak_nearby_and_not_afar() -> None:
@@ -90,9 +104,10 @@ def test_exemplars_speak_nearby_and_not_afar() -> None:
     place = tuple(
         math.log2(v) for v in (here.largest, here.rows / here.active, here.active, 2048, 768)
     )
-    # One exemplar weighs 1 against a doubt of 1, then the rest of it 1 against 0.3.
-    there = 10 * 2 ** (1 / 2 + 1 / 2 / 1.3)
-    for distance, wanted in ((0.0, there), (1.5, 10 * 2**0.383), (12.0, 10.0)):
+    # One exemplar weighs 1 against a doubt of 1, then the rest of it 1 against 0.1; 1.5 octaves
+    # away 0.607 and 0.101.
+    there = 10 * 2 ** (1 / 2 + 1 / 2 / 1.1)
+    for distance, wanted in ((0.0, there), (1.5, 10 * 2**0.628), (12.0, 10.0)):
         (exemplar,) = exemplars([(place[0] + distance, *place[1:])], [(math.log(2),)])
         table = replace(bare, exemplars=(exemplar,))
         assert table.costs(DOWN, H200, here)[config] == pytest.approx(wanted, rel=1e-2)
@@ -101,9 +116,9 @@ def test_exemplars_speak_nearby_and_not_afar() -> None:
 def test_what_was_not_timed_corrects_nothing() -> None:
     first, second = exemplars([(0.0,), (0.0,)], [(1.0, None), (None, -1.0)])
     assert first.rest[1] is None and second.rest[0] is None
-    wide = smoothed((0.0,), [(0.0,), (0.0,)], [first.residual, second.residual], WIDE)
+    wide = Surface([(0.0,), (0.0,)], [first.residual, second.residual]).at((0.0,), WIDE)
     assert wide == pytest.approx([0.5, -0.5])
-    assert corrections((0.0,), ()) == []
+    assert Corrections(()).at((0.0,)) == []
 
 
 def test_a_table_survives_its_file() -> None:
@@ -124,6 +139,21 @@ def test_buckets() -> None:
     for tokens in range(1, 5000):
         top = bucket(tokens)
         assert tokens <= top <= 1.25 * tokens + 1 and bucket(top) == top
+
+
+def test_a_bucket_counts_by_both_ends() -> None:
+    tops = buckets(20000)
+    assert [fewest(top) for top in tops] == [1, *(top + 1 for top in tops[:-1])]
+    gemm = GroupedGemm(2 * 768, 768, 8, 4096, 14336)
+    table = shipped("sm_90").down
+    mean = family_costs(table, gemm, H200)["hot"]
+    ends = [
+        table.costs(replace(gemm, max_rows=2 * t, max_segment_rows=t), H200, hot)
+        for t in (641, 768)
+        for hot in [expected_sizes("hot", t, 2, 8)]
+    ]
+    for config, us in mean.items():
+        assert us == pytest.approx((ends[0][config] + ends[1][config]) / 2)
 
 
 def test_one_choice_for_a_bucket() -> None:

@@ -24,6 +24,8 @@ FEATURES = (
     "sm_programs",
     "work_steps",  # like grid_steps, a short tile counted as what it costs
     "work",
+    "flow_steps",  # waves, at least one and not rounded up, times steps
+    "excess",  # us that matrix products at the nominal rate take longer than the active weights
 )
 SHORT_TILE = 0.55  # A short tile's cost in tall ones, at 64 of 128 rows on one H200.
 RESERVED = 1 * KIB  # Shared memory that the driver keeps for every program.
@@ -56,21 +58,26 @@ def features(
     per_sm = config.occupancy if config.persistent else programs_per_sm(config, gemm, target)
     waves = -(-grid // (target.num_sms * per_sm))
     busiest = -(-grid // target.num_sms)
+    flow = max(1.0, grid / (target.num_sms * per_sm))
     rate = target.memory_gbs * 1e3  # bytes a microsecond
     row_bytes = gemm.k * gemm.itemsize
     padded = (tall * config.block_m + short * config.tail_m) * columns
     traffic = (tiles * config.block_n * gemm.num_weights + padded) * row_bytes
+    read = histogram.active * gemm.n * gemm.num_weights * row_bytes / rate
+    flops = 2 * padded * steps * split * config.block_k * config.block_n * gemm.num_weights
     return (
         1.0,
         float(waves * steps),
         float(waves),
         grid * steps / 1e3,
         grid / 1e3,
-        histogram.active * gemm.n * gemm.num_weights * row_bytes / rate,
+        read,
         histogram.rows * gemm.n * gemm.itemsize / rate,
         traffic / 1e7,
         float(busiest * steps),
         float(busiest),
         work * steps / 1e3,
         work / 1e3,
+        flow * steps,
+        max(0.0, flops / (target.bf16_tflops * 1e6) - read),
     )

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-FAMILIES = ("uniform", "zipf", "hot")
+FAMILIES = ("uniform", "zipf", "hot", "bimodal")
 ZIPF = 1.2
+SPREAD = 1 / 8  # Of the tokens of a bimodal batch.
 GOLDEN = 0.6180339887498949  # Its multiples, modulo 1, are evenly spread: quantiles without a dice.
 NORMAL_FROM = 30.0  # Rows from which a binomial is taken for a normal distribution.
 
@@ -77,6 +78,9 @@ def _chances(family: str, top_k: int, num_experts: int) -> list[float]:
         return [top_k / num_experts] * num_experts
     if family == "hot":
         return [1.0] * top_k + [0.0] * (num_experts - top_k)
+    if family == "bimodal":
+        hot, spread = 1 - SPREAD, SPREAD * top_k / num_experts
+        return [hot + spread] * top_k + [spread] * (num_experts - top_k)
     if family != "zipf":
         raise ValueError(f"family={family!r} must be one of {FAMILIES}")
     weights = [rank**-ZIPF for rank in range(1, num_experts + 1)]

@@ -118,13 +118,32 @@ def _score_of(config: KernelConfig, scores: Mapping[KernelConfig, float], unknow
     return min(twins, default=unknown)
 
 
+def fewest(top: int) -> int:
+    """The fewest tokens that a bucket's largest count stands for."""
+    size = 1 << (top.bit_length() - 1)
+    return top - max(1, (size // 2 if top == size else size) // STEPS) + 1
+
+
 def family_costs(table: StageTable, gemm: GroupedGemm, target: Target) -> FamilyCosts:
-    """Microseconds of every configuration, by family of routing."""
-    tokens, top_k = gemm.max_segment_rows, max(1, gemm.max_rows // gemm.max_segment_rows)
-    return {
-        family: table.costs(gemm, target, expected_sizes(family, tokens, top_k, gemm.num_segments))
-        for family in FAMILIES
-    }
+    """Microseconds of every configuration, by family of routing: mean of both ends of the bucket.
+
+    The largest count alone misleads where it fills tiles that fewer tokens don't.
+    """
+    top_k = max(1, gemm.max_rows // gemm.max_segment_rows)
+    tokens = gemm.max_segment_rows
+    ends = {fewest(tokens), tokens}
+    costs: dict[str, dict[KernelConfig, float]] = {}
+    for family in FAMILIES:
+        of_ends = [
+            table.costs(
+                replace(gemm, max_rows=end * top_k, max_segment_rows=end),
+                target,
+                expected_sizes(family, end, top_k, gemm.num_segments),
+            )
+            for end in ends
+        ]
+        costs[family] = {c: sum(one[c] for one in of_ends) / len(ends) for c in of_ends[0]}
+    return costs
 
 
 def robust_scores(costs: FamilyCosts) -> dict[KernelConfig, float]:

@@ -13,51 +13,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..target import Target
 from . import profiles
 from .config import GroupedGemm, KernelConfig, why_illegal
 from .features import FEATURES, features
 from .histogram import Histogram
-
-
-class Smoothing(NamedTuple):
-    """How far exemplars speak, and how much of them it takes.
-
-    Attributes:
-        reach: octaves of rows, experts, columns and reduction.
-        doubt: weight of no correction; an exemplar at no distance weighs 1.
-    """
-
-    reach: float
-    doubt: float
-
-
-# By `bench.cross_validate`, over cases marked "fit" alone; one reach of half an octave loses more.
-WIDE, NARROW = Smoothing(1.5, 1.0), Smoothing(0.5, 0.3)
+from .smoothing import Corrections, Exemplar, Place, Residuals
 
 PLACE = 5  # Numbers of a place.
 LARGEST = 50.0  # Logarithm of any time over any other.
-NEGLIGIBLE = 1e-3  # Weight of an exemplar that is left out.
-
-Place = tuple[float, ...]
-Residuals = tuple[float | None, ...]  # In the order of the table's configurations.
-
-
-@dataclass(frozen=True)
-class Exemplar:
-    """What a measured case says of costs near it.
-
-    Attributes:
-        place: where it lies (`place`).
-        residual: logarithms of measured over modelled time; None for what was not timed.
-        rest: what the wide correction leaves of it.
-    """
-
-    place: Place
-    residual: Residuals
-    rest: Residuals
 
 
 def _finite(values: Sequence[float], limit: float = math.inf) -> bool:
@@ -73,6 +39,10 @@ class StageTable:
 
     coefficients: Mapping[KernelConfig, tuple[float, ...]]
     exemplars: tuple[Exemplar, ...]
+
+    @functools.cached_property
+    def _corrections(self) -> Corrections:
+        return Corrections(self.exemplars)
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> StageTable:
@@ -126,7 +96,7 @@ class StageTable:
         self, gemm: GroupedGemm, target: Target, histogram: Histogram
     ) -> dict[KernelConfig, float]:
         """Microseconds of every configuration that is legal here, corrected near exemplars."""
-        shifts = corrections(place(gemm, histogram), self.exemplars)
+        shifts = self._corrections.at(place(gemm, histogram))
         shifts = shifts or [0.0] * len(self.coefficients)
         return {
             config: self.modelled(config, gemm, target, histogram) * math.exp(shift)
@@ -135,33 +105,7 @@ class StageTable:
         }
 
 
-def corrections(here: Place, exemplars: Sequence[Exemplar]) -> list[float]:
-    """Logarithms that the costs at a place are corrected by; none without exemplars."""
-    places = [one.place for one in exemplars]
-    wide = smoothed(here, places, [one.residual for one in exemplars], WIDE)
-    narrow = smoothed(here, places, [one.rest for one in exemplars], NARROW)
-    return [a + b for a, b in zip(wide, narrow, strict=True)]
-
-
-def smoothed(
-    here: Place, places: Sequence[Place], residuals: Sequence[Residuals], by: Smoothing
-) -> list[float]:
-    """The mean of the residuals around a place, for each configuration, drawn to 0 by doubt."""
-    count = len(residuals[0]) if residuals else 0
-    totals, weights = [0.0] * count, [by.doubt] * count
-    for there, known in zip(places, residuals, strict=True):
-        distance = sum((a - b) ** 2 for a, b in zip(here, there, strict=True))
-        weight = math.exp(-0.5 * distance / by.reach**2)
-        if weight < NEGLIGIBLE:
-            continue
-        for i, residual in enumerate(known):
-            if residual is not None:
-                totals[i] += weight * residual
-                weights[i] += weight
-    return [total / weight for total, weight in zip(totals, weights, strict=True)]
-
-
-def place(gemm: GroupedGemm, histogram: Histogram) -> tuple[float, ...]:
+def place(gemm: GroupedGemm, histogram: Histogram) -> Place:
     """Where a case lies: octaves of the largest and the mean segment, of active ones, N and K."""
     active = max(1, histogram.active)
     return (

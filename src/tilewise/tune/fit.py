@@ -16,7 +16,8 @@ from typing import Any
 from ..dispatch.config import GroupedGemm, KernelConfig
 from ..dispatch.features import features
 from ..dispatch.histogram import Histogram
-from ..dispatch.table import WIDE, Exemplar, Place, Residuals, StageTable, place, smoothed
+from ..dispatch.smoothing import exemplars
+from ..dispatch.table import StageTable, place
 from ..target import Target
 
 RACE = 2.0  # A configuration twice as slow as the fastest counts 1/4 there, its square 1/16.
@@ -96,16 +97,6 @@ def fit_stage(
         for case in cases
     ]
     return StageTable(coefficients, exemplars([case.place for case in cases], residuals))
-
-
-def exemplars(places: Sequence[Place], residuals: Sequence[Residuals]) -> tuple[Exemplar, ...]:
-    """Exemplars of measured cases: what the wide correction leaves is kept beside the residuals."""
-    made = []
-    for here, mine in zip(places, residuals, strict=True):
-        wide = smoothed(here, places, residuals, WIDE)
-        rest = (None if r is None else r - w for r, w in zip(mine, wide, strict=True))
-        made.append(Exemplar(here, mine, tuple(rest)))
-    return tuple(made)
 
 
 def modelled(table: StageTable, case: Case, config: KernelConfig, target: Target) -> float:
