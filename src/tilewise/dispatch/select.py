@@ -22,7 +22,7 @@ from .table import StageTable, stage_table
 WORST = 0.2  # Weight of the worst family beside the mean over all of them.
 MARGIN = 0.02  # A fitted choice replaces the rule's only if it is faster by more than costs err,
 FEW_MARGIN = 0.1  # which is more below the fewest tokens that costs were fitted to,
-MANY_MARGIN = 0.03  # and from this bucket on, where power bounds the clock of products alone.
+MANY_MARGIN = 0.05  # and from this bucket on, where power bounds the clock of products alone.
 MANY = 1024  # Tokens of the bucket, which begins at 897.
 GAIN = 0.1  # A second launch must gain more than costs err where nothing was measured,
 LOSS = 0.01  # and cost no family more than this.
