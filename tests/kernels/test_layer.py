@@ -90,6 +90,32 @@ def test_variants(name: str, sizes: tuple[int, int]) -> None:
         check(case, dtype, LayerConfig("grouped", config, config))
 
 
+@pytest.mark.parametrize("case", FEW_EXPERTS, ids=lambda c: c.name)
+def test_rows_in_expert_order(case: cases.Case) -> None:
+    """Copied first, loaded by pointers: with router weights on the input, maps, ids to skip."""
+    check(case, torch.float32, replace(GROUPED, permuted=True))
+
+
+@pytest.mark.parametrize("routing", ["zipf", "hot", "one_expert", "sentinels", "all_sentinels"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_rows_in_expert_order_by_descriptor(routing: str, on_input: bool) -> None:
+    """The same bits as of gathered rows, twice on one workspace."""
+    case = cases.Case(
+        "permuted", 75, 6, 2, 96, 64, bias=True, routing=routing,
+        apply_router_weight_on_input=on_input,
+    )  # fmt: skip
+    walks = KernelConfig(16, 32, 32, 2, descriptors=True, persistent=True, store_parts=2)
+    config = LayerConfig("grouped", walks, walks, permuted=True)
+    assert LayerConfig.from_json(config.to_json()) == config
+    inputs = cases.make_inputs(case, torch.float16, DEVICE)
+    size = run_layer(case, inputs, config, size_only=True)
+    workspace = torch.full((size + 4096,), 255, dtype=torch.uint8, device=DEVICE)
+    gathered = run_layer(case, inputs, replace(config, permuted=False))
+    for _ in range(2):
+        assert torch.equal(run_layer(case, inputs, config, workspace=workspace), gathered)
+    cases.assert_close_to_reference(gathered, case, inputs)
+
+
 @pytest.mark.parametrize("expert_map", [None, "half"])
 @pytest.mark.parametrize("routing", ["uniform", "hot", "one_expert", "all_sentinels"])
 def test_the_sizes_choose_between_two_configurations(routing: str, expert_map: str | None) -> None:

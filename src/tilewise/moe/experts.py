@@ -116,7 +116,8 @@ def grouped_gemm_into(
         up: [E, N, K] view.
         ragged: the plan.
         config: legal for `target`.
-        row_weights: [num_tokens, top_k], scales the products before bias and activation.
+        row_weights: [num_tokens, top_k], scales the products before bias and activation: gathered
+            or not, row r is `top_k` assignment gather[r]'s.
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
         overlap: with the kernels before and after.

@@ -117,6 +117,8 @@ def _source(problem: LayerProblem, layer: LayerConfig, target: Target) -> str:
         return "closed form"
     if layer.fused:
         return "closed form for both products in one launch"
+    if layer.permuted:
+        return "closed form for rows copied in expert order"
     if (layer.gate_up, layer.down) == tuple(rule(gemm, target) for gemm in gemms):
         return "closed form, which fitted costs do not beat"
     return "fitted costs"
@@ -176,6 +178,7 @@ class Explanation:
                 *self._product("gate+up", "gate_up"),
                 *self._product("down", "down"),
                 *(["launches    one for both products"] if self.config.fused else []),
+                *(["rows        copied in expert order first"] if self.config.permuted else []),
                 weights,
                 f"activations {self.activation_bytes / 1e6:.1f} MB, "
                 f"{self.saving:.0%} less than unfused",
@@ -231,6 +234,8 @@ def explain(
     moved = tokens_in_out + 2 * rows * i * size
     if layer.path == "grouped":
         moved += 2 * rows * h * size + 2 * plan_ints(rows, e) * 4
+    if layer.permuted:  # Written, and read for the first product.
+        moved += 2 * rows * h * size
     # permute: read x, write rows; gate, up: read rows, write; activation: read both, write; down:
     # read, write; sum: read, write out.
     products = matrices - 1

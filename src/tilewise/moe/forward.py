@@ -21,6 +21,7 @@ from .experts import (
 )
 from .fused import fused_gemms_into
 from .launch import INTERPRETED, Overlap, on_device, recording, tf32_allowed
+from .permute import permute_into
 from .plan import carve_counts, carve_plan, plan_into, plan_ints
 from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from .workspace import buffer_sizes, carve, num_counters
@@ -349,12 +350,16 @@ def _grouped_into(
     else:
         halves = (None, None) if counters is None else counters.chunk(2)
         scratch = [None if half is None else SplitScratch(partials, half) for half in halves]
+        source = hidden_states
+        if layer.permuted:  # Where down will write: nothing of it is read after gate+up.
+            permute_into(rows, hidden_states, ragged.scatter, overlap=overlap)
+            source = rows
         for config, active in launches(layer.gate_up, layer.gate_up_few, num_local):
             grouped_gemm_into(
-                act, hidden_states, gate, up, ragged, config, target,
-                gathered=True, top_k=topk_ids.shape[1], gate_bias=gate_bias, up_bias=up_bias,
-                row_weights=row_weights, activation=activation, scratch=scratch[0],
-                overlap=overlap, active=active,
+                act, source, gate, up, ragged, config, target,
+                gathered=not layer.permuted, top_k=topk_ids.shape[1], gate_bias=gate_bias,
+                up_bias=up_bias, row_weights=row_weights, activation=activation,
+                scratch=scratch[0], overlap=overlap, active=active,
             )  # fmt: skip
         for config, active in launches(layer.down, layer.down_few, num_local):
             grouped_gemm_into(

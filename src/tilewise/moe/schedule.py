@@ -9,6 +9,7 @@ from typing import Any
 
 from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
 from ..dispatch.fuse import fuse, why_not_fused
+from ..dispatch.permute import permuted
 from ..dispatch.rules import choose_stream
 from ..dispatch.select import choose, choose_pair
 from ..target import Target
@@ -31,6 +32,8 @@ class LayerConfig:
         down: configuration of the second product.
         gate_up_few, down_few: what runs instead of either when few experts are active.
         fused: both products in one launch (kernels/fused.py); "grouped" only.
+        permuted: rows are copied in expert order first, and `gate_up` loads them by descriptor
+            (kernels/permute.py); "grouped" only, not with `fused`.
     """
 
     path: str
@@ -39,6 +42,7 @@ class LayerConfig:
     gate_up_few: FewActive | None = None
     down_few: FewActive | None = None
     fused: bool = False
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         kinds = {"decode": StreamConfig, "grouped": KernelConfig}
@@ -50,16 +54,20 @@ class LayerConfig:
             few = getattr(self, f"{name}_few")
             if few is not None and not isinstance(few, FewActive):
                 raise TypeError(f"{name}_few={few!r} must be a FewActive or None")
-        if not isinstance(self.fused, bool):
-            raise TypeError(f"fused={self.fused!r} must be True or False")
-        if self.path == "decode" and (self.gate_up_few or self.down_few or self.fused):
-            raise ValueError(
-                "path='decode' takes no gate_up_few, no down_few and no fused: use 'grouped'"
-            )
+        for name in ("fused", "permuted"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.path == "decode":
+            options = ("gate_up_few", "down_few", "fused", "permuted")
+            given = " and no ".join(name for name in options if getattr(self, name))
+            if given:
+                raise ValueError(f"path='decode' takes no {given}: use 'grouped'")
         if self.fused:
             self._check_fused()
 
     def _check_fused(self) -> None:
+        if self.permuted:
+            raise ValueError("fused=True gathers its rows itself: use permuted=False")
         if self.gate_up_few or self.down_few:
             raise ValueError(
                 "fused=True takes one configuration a product: leave out gate_up_few and down_few"
@@ -93,7 +101,7 @@ class LayerConfig:
         }
         return LayerConfig(
             values["path"], kind(**values["gate_up"]), kind(**values["down"]), **few,
-            fused=values.get("fused", False),
+            fused=values.get("fused", False), permuted=values.get("permuted", False),
         )  # fmt: skip
 
 
@@ -153,6 +161,9 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
         pair = fuse(gate_up, down, target)
         if pair is not None:
             return LayerConfig("grouped", *pair, fused=True)
+        in_order = permuted(gate_up, target)
+        if in_order is not None:
+            return LayerConfig("grouped", in_order, second, permuted=True)
     return LayerConfig("grouped", first, second, first_few, second_few)
 
 

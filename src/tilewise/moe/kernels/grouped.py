@@ -160,12 +160,12 @@ def grouped_tile(
     # tall ones, as products with zeros draw less power where power bounds the clock (docs/performance.md).
     ZERO_ROWS: tl.constexpr = GATHER and DESCRIPTORS and BLOCK_M >= 64
     rows = offset + tl.where(m_mask, offs_m, 0)
-    if GATHER:
+    assignments = rows
+    source = rows
+    if GATHER or ROW_WEIGHTS:
         assignments = tl.load(gather_ptr + rows)
+    if GATHER:
         source = assignments // top_k
-    else:
-        assignments = rows
-        source = rows
     segment64 = segment.to(tl.int64)
 
     x_ptrs = offs_k  # Stands in where a descriptor replaces pointers.
