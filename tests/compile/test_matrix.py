@@ -230,6 +230,40 @@ def test_fused_gemms(arch: str, dtype: str, first: Any, second: Any) -> None:
     assert kinds.count("R") == kinds.count("A") == 1
 
 
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_permute(arch: str) -> None:
+    mode = 2 if target_module.Target.from_arch(arch).dependent_launch else 0
+    arguments = {
+        "x_ptr": "*bf16!", "scatter_ptr": "*i32!", "rows_ptr": "*bf16!", "hidden_size": "i32!",
+        "top_k": "i32", "stride_xm": "i32!", "stride_xk": 1, "OVERLAP": mode, "BLOCK": 1024,
+    }  # fmt: skip
+    compiled = compile_kernel(load("moe.kernels.permute").permute_kernel, arch, arguments, 4, 3)
+    assert compiled.spilled == 0
+    if arch.startswith("sm"):
+        assert re.search(r"st\.global\.v4\.b32", compiled.assembly), "stores of less than 16 bytes"
+    if mode:
+        check_overlap(compiled.assembly, mode)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_rows_in_expert_order(dtype: str, extras: bool) -> None:
+    """Gate and up from rows by descriptor, as after the copy."""
+    cfg = load("dispatch.permute").PERMUTED
+    arguments = grouped_arguments("even", "gate_up", dtype, "sm_90", cfg, "swiglu", extras)
+    arguments |= {
+        "GATHER": False, "X_DESCRIPTOR": True, "EVEN_K": True,
+        "x_ptr": f"tensordesc<{dtype}[1, 1, {cfg.block_m}, {cfg.block_k}]>",
+    }  # fmt: skip
+    kernel = load("moe.kernels.grouped").grouped_gemm_kernel
+    compiled = compile_kernel(kernel, "sm_90", arguments, cfg.num_warps, cfg.num_stages)
+    assert "wgmma" in compiled.assembly and "cp.async.cg" not in compiled.assembly
+    problem = gemm("even", 8192, "gate_up", dtype)
+    target = target_module.Target.from_arch("sm_90")
+    assert compiled.shared <= config.shared_memory(cfg, problem) <= target.shared_memory
+    assert compiled.spilled == 0
+
+
 @pytest.mark.parametrize("tail_m,split_k", [(16, 1), (32, 1), (0, 4)])
 @pytest.mark.parametrize("stage", ["gate_up", "down"])
 @pytest.mark.parametrize("arch", list(ARCHS))

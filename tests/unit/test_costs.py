@@ -207,17 +207,17 @@ def test_a_choice_where_costs_know_less() -> None:
 
 
 def test_what_a_fitted_choice_must_promise() -> None:
-    """2%, and 3% from the bucket of 1,024 tokens on, where a product alone says less of a layer."""
+    """2%, and 5% from the bucket of 1,024 tokens on, where a product alone says less of a layer."""
 
     def gate_up(tokens: int) -> GroupedGemm:
         return GroupedGemm(8 * tokens, tokens, 128, 768, 2048, 2, 2, True)
 
-    assert [margin(tokens) for tokens in (3, 4, 1023, 1024)] == [0.1, 0.02, 0.02, 0.03]
+    assert [margin(tokens) for tokens in (3, 4, 1023, 1024)] == [0.1, 0.02, 0.02, 0.05]
     for tokens, replaced in ((512, True), (2048, False)):
         ruled = rule(gate_up(tokens), H200)
         other = replace(ruled, block_k=32)
         rest = [0.0] * (len(FEATURES) - 1)
-        table = StageTable({ruled: (1.025, *rest), other: (1.0, *rest)}, ())
+        table = StageTable({ruled: (1.04, *rest), other: (1.0, *rest)}, ())
         assert robust(table, gate_up(tokens), H200) == (other if replaced else ruled)
 
 

@@ -417,3 +417,22 @@ def test_every_architecture_has_chips_and_no_chip_has_two() -> None:
 
 def test_probe_without_an_accelerator() -> None:
     assert Target.probe("cpu") is CPU
+
+
+def test_rules_of_many_rows_an_expert() -> None:
+    target = CATALOGUE["sm_90"]
+
+    def products(experts: int, top_k: int, hidden: int, inter: int, tokens: int) -> list[str]:
+        here = LayerProblem(tokens, top_k, experts, hidden, inter, 2, True, True)
+        return [rule(gemm, target).name for gemm in here.gemms()]
+
+    # Long reductions keep tall tiles with short ones; short ones run twice on a multiprocessor.
+    assert products(128, 8, 4096, 1536, 8192)[0] == "128x128x64 g8 w8 s4 D t64"
+    assert products(128, 8, 2048, 768, 8192)[0] == "128x64x64 g8 w4 s3 DP o2 p1"
+    assert products(128, 8, 4096, 192, 8192)[0] == "128x64x64 g8 w4 s3 DP o2 p1"
+    # 320 columns are five tiles of 64, or three of 128 that are 384 wide.
+    assert products(160, 8, 6144, 320, 2048)[0] == "128x64x64 g8 w8 s3 D t64"
+    # 160 rows an expert are three tiles of 64 or two of 128; 192 rows may be four.
+    assert products(256, 8, 7168, 2048, 5120)[1] == "64x256x64 g8 w4 s4 DP p2"
+    assert products(256, 8, 7168, 2048, 6144)[1] == "128x256x64 g8 w8 s4 DP p2"
+    assert products(128, 4, 2880, 2880, 5120)[1] == "128x256x64 g8 w8 s4 DP p2"

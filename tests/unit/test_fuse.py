@@ -111,7 +111,7 @@ def test_what_can_share_a_launch() -> None:
         LayerConfig.from_json(good.to_json().replace('"fused": true', '"fused": "false"'))
     with pytest.raises(ValueError, match="gfx942 does not have: use fused=False"):
         given_schedule(good.to_json(), problem(8), CATALOGUE["gfx942"])
-    with pytest.raises(ValueError, match="path='decode' takes no gate_up_few, no down_few and no"):
+    with pytest.raises(ValueError, match="path='decode' takes no fused: use 'grouped'"):
         LayerConfig("decode", StreamConfig(8, 64), StreamConfig(8, 64), fused=True)
     with pytest.raises(ValueError, match=r"parts of one tensor.*else use fused=False"):
         given_schedule(good.to_json(), replace(problem(8), fusable=False), H200)

@@ -294,6 +294,8 @@ def layer_variants(
     if "descriptors" in grouped:
         tile = grouped["descriptors"]
         found["one launch"] = (LayerConfig("grouped", tile, tile, fused=True), MANY, {})
+        walks = replace(tile, persistent=True, store_parts=2)
+        found["expert order"] = (LayerConfig("grouped", walks, walks, permuted=True), MANY, {})
     for name, config in grouped.items():
         layer = LayerConfig("grouped", config, config)
         found[name] = (layer, MANY, {"split": True})

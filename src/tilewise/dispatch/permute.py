@@ -7,12 +7,12 @@ from .config import GroupedGemm, KernelConfig, why_illegal
 from .select import costs_speak
 from .table import profile_of
 
-# Both operands by descriptor, stored in halves: 2% of a layer where the copy takes 0.5%. A copied
-# element is multiplied with 2 * intermediate columns, so the copy's share falls with these.
+# Both operands by descriptor, stored in halves: 1% of a layer, 2.5% at most, the copy paid. Where
+# experts have fewer rows or columns, short tiles of gathered rows or no copy are worth more.
 PERMUTED = KernelConfig(
     128, 128, 64, 8, 8, 4, descriptors=True, persistent=True, store_parts=2
 )  # fmt: skip
-FEWEST_COLUMNS = 8192
+FEWEST_COLUMNS = 6144
 FEWEST_ROWS = 512  # Of the mean expert: persistent programs have no short tiles.
 
 
