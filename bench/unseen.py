@@ -2,9 +2,11 @@
 
 ``python -m bench.unseen`` measures the listed shapes between the listed token counts, and other
 shapes at the listed token counts; ``python -m bench.unseen report FILE`` compares both with a file
-of the listed cells. Shipped costs are fitted to cases of two of these shapes (glm-4.5-air and
-kimi-k2-ep8), and to listed shapes at some of these token counts (24, 96): docs/performance.md says
-what holds without them.
+of the listed cells. ``--beside`` measures the listed shapes at listed token counts too, so that
+what lies between is compared with neighbours of the same run: where power bounds the clock, a
+machine that has worked for minutes is slower than a cool one. Shipped costs are fitted to cases of
+two of these shapes (glm-4.5-air and kimi-k2-ep8), and to listed shapes at some of these token
+counts (24, 96): docs/performance.md says what holds without them.
 """
 
 from __future__ import annotations
@@ -54,8 +56,10 @@ def main(arguments: Sequence[str]) -> None:
         *("python -m bench.unseen", OUT, [*SHAPES, *UNSEEN_SHAPES], [*TOKENS, *UNSEEN_TOKENS]),
         *(ROUTINGS, PEERS, TARGET_MS),
     )
+    beside = "listed shapes at the listed ones of these token counts too"
+    parser.add_argument("--beside", action="store_true", help=beside)
     chosen = parser.parse_args(arguments)
-    parts = split(make_options(chosen))
+    parts = split(make_options(chosen), chosen.beside)
     if not parts:
         parser.error("listed shapes need token counts outside the list, other shapes listed ones")
     machine.require_gpu()
@@ -120,12 +124,17 @@ def make_options(chosen: argparse.Namespace) -> measure.Options:
     )
 
 
-def split(options: measure.Options) -> list[measure.Options]:
-    """Returns the listed shapes at other token counts, and the other shapes at the listed ones."""
+def split(options: measure.Options, beside: bool = False) -> list[measure.Options]:
+    """Returns the listed shapes at other token counts, and the other shapes at the listed ones.
+
+    Args:
+        options: What is asked for.
+        beside: The listed shapes at the listed ones of these token counts too.
+    """
     listed = replace(
         options,
         shapes=tuple(name for name in options.shapes if name not in UNSEEN_SHAPES),
-        tokens=tuple(t for t in options.tokens if t not in TOKENS),
+        tokens=tuple(t for t in options.tokens if beside or t not in TOKENS),
     )
     unseen = replace(
         options,
@@ -160,7 +169,8 @@ def run(parts: Sequence[measure.Options], chosen: argparse.Namespace, module: st
     for name, reason in missing.items():
         print(f"missing peer {name}: {reason}")
     if chosen.warm_jobs:
-        warm_pending(parts, results, peers, module, chosen.warm_jobs)
+        flags = ["--beside"] if getattr(chosen, "beside", False) else []
+        warm_pending(parts, results, peers, module, chosen.warm_jobs, flags)
     measure.describe_run(parts[0], results, peers, missing)
     for part in parts:
         left = deadline - time.monotonic()
@@ -181,6 +191,7 @@ def warm_pending(
     peers: Iterable[str],
     module: str,
     jobs: int,
+    flags: Sequence[str] = (),
 ) -> None:
     """Compiles each shape that has cells left in a process of its own, ``jobs`` at a time."""
     names = [name for name in peers if base.original(name) == name]
@@ -189,7 +200,7 @@ def warm_pending(
         left = {shape for shape, _, _ in measure.pending(part, results, peers)}
         for shape in (name for name in part.shapes if name in left):
             lists = {"--tokens": part.tokens, "--routings": part.routings, "--peers": names}
-            command = [sys.executable, "-m", module, "--warm-only", "--shapes", shape]
+            command = [sys.executable, "-m", module, "--warm-only", "--shapes", shape, *flags]
             for option, values in lists.items():
                 command += [option, *map(str, values)]
             commands.append(command)
@@ -213,11 +224,17 @@ def described(row: Row) -> str:
 
 def full(rows: Sequence[Row], tuned: Sequence[Row]) -> list[Table]:
     """Returns every table."""
-    between = [row for row in rows if row["shape"] not in UNSEEN_SHAPES]
+    listed = [row for row in rows if row["shape"] not in UNSEEN_SHAPES]
+    between = [row for row in listed if row["T"] not in TOKENS]
+    beside = [row for row in listed if row["T"] in TOKENS]
     others = [row for row in rows if row["shape"] in UNSEEN_SHAPES]
     tables = []
     if between:
-        tables += [token_table(between, tuned), worst_table(between, tuned)]
+        tables.append(token_table(between, tuned))
+        if beside:
+            same_run = token_table(between, beside)
+            tables.append(replace(same_run, title=f"{same_run.title}; neighbours of the same run"))
+        tables.append(worst_table(between, tuned))
         tables += _titled("Listed shapes, token counts outside the list", between)
     if others:
         tables += [shape_table(others, tuned), each_shape_table(others, tuned)]

@@ -150,6 +150,8 @@ class TestCells:
         assert sum(len(p.shapes) * len(p.tokens) * len(p.routings) for p in (listed, others)) == 270
         one = measure.Options(shapes=("mixtral-8x7b",), tokens=TOKENS)
         assert unseen.split(one) == []
+        (neighbours,) = unseen.split(one, beside=True)
+        assert neighbours.tokens == TOKENS
 
     def test_other_shapes_are_known_for_a_while_only(self):
         before = dict(SHAPES)
@@ -257,6 +259,21 @@ class TestReport:
         (cell,) = unseen.worst_table(rows, tuned).body
         assert cell == ["deepseek-v3", "T=16", "uniform", "1.500", "1.000", "1.500"]
         assert unseen.worst_table(rows, tuned, count=0).title.endswith("1, the worst 0")
+
+    def test_neighbours_of_the_same_run_are_a_table_of_their_own(self, files):
+        rows, tuned = (Results(path).rows for path in files)
+        assert not any("same run" in table.title for table in unseen.full(rows, tuned))
+        hot = [make_row("mixtral-8x7b", t, tilewise=us) for t, us in ((8, 125.0), (32, 500.0))]
+        tables = {table.title: table for table in unseen.full([*rows, *hot], tuned)}
+        (line,) = next(t for title, t in tables.items() if title.endswith("same run")).body
+        assert line == ["16", "1", "2.000", "8: 1.250", "32: 5.000", "2.500", "0.800", "yes"]
+        cool = next(iter(tables.values()))
+        assert cool.body == unseen.token_table(rows, tuned).body
+        # What is listed is no cell outside the list.
+        against = next(
+            t for title, t in tables.items() if "counts outside the list. Speed" in title
+        )
+        assert "32" not in against.header
 
     def test_shapes_beside_the_listed_ones_over_the_peers_of_both(self, files):
         rows, tuned = (Results(path).rows for path in files)
