@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,7 @@ def main() -> None:
         "arch": options.arch,
         "cases": len(rows),
         "measured": [{key: one.get(key) for key in keys} for one in metas],
+        "rows_by_commit": Counter(row.get("commit", "not recorded") for row in rows),
         "files": [file.name for file in options.files],
     }
     fitted = table(rows, Target.from_arch(options.arch), meta)

@@ -44,7 +44,7 @@ SHAPES = {
     "glm-4.5-air": MoEShape(128, 8, 4096, 1408),
 }
 UNSEEN_MODELS = ("qwen2-moe-57b", "glm-4.5-air")
-# Costs are fitted to cases of these too, and nothing is scored on them: few experts, many, narrow.
+# Costs are fitted to cases of these too, which are neither among the 200 rows nor held out.
 ONLY_FITTED = {
     "grok-1-tp8": MoEShape(8, 2, 6144, 4096),
     "dbrx-tp4": MoEShape(16, 4, 6144, 2688),
@@ -70,7 +70,7 @@ OF_ONLY_FITTED = [
     *(("uniform", t) for t in (8, 40, 128, 200, 512, 1280, 6144)),
     *(("hot", t) for t in (8, 40, 128, 512)), ("zipf1.2", 64), ("zipf1.2", 400),
 ]  # fmt: skip
-# What a robust choice is designed on (families, weights, margins): other families than it assumes.
+# What the robust choice was designed on (its families, weight of the worst, margins): scored apart.
 DESIGN = [
     ("dirichlet3", 40), ("dirichlet3", 200), ("few0.25", 128), ("bimodal", 400), ("bimodal", 1280),
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Scores choices of configuration on the rows of ``bench.regret`` that nothing was fitted to.
 
 ``python -m bench.regret_score FILE --extra FILE2`` fits on the rows marked "fit" of both, chooses
-by every policy, and adds "chosen", "summary" and the times of fitting to the first. A regret is
+by every policy, and adds "chosen", "summary" and the times of fitting to the first; rows of the
+second marked "design" are summed up too. A regret is
 cross-validated: the oracle is picked on one half of the samples, both are judged on the other.
 """
 
@@ -193,8 +194,8 @@ def policies(
 
 def groups(row: Row) -> list[str]:
     """The groups that a row is summed up in."""
-    if row["split"] == "fit":
-        return ["fit"]
+    if row["split"] != "held_out":
+        return [row["split"]]
     unseen = row["shape"] in UNSEEN_MODELS
     return ["held out", "unseen model" if unseen else "unseen tokens and routings"]
 
@@ -235,6 +236,11 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
                 {key: row[key] for key in ("shape", "stage", "T", "routing", "split")}
                 | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
             )
+    for row in (in_space(row) for row in extra if row["split"] == "design"):
+        for policy, choose in chosen_by.items():
+            name = choose(row).name
+            if policy != COUNTED and name in row["times_us"]:
+                regrets[policy].setdefault("design", []).append(regret(row, name))
     data["refit_s"] = round(seconds, 2)
     data |= beside(OUT.parent)
     data["noise_floor"] = {

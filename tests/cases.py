@@ -158,6 +158,7 @@ LARGE_CASES: tuple[Case, ...] = (
     Case("gpt_oss_40", 40, 128, 4, 2880, 2880, activation=SWIGLU_OAI, bias=True,
          layout="transposed_interleaved"),
     Case("mixtral_500", 500, 8, 2, 4096, 14336),
+    Case("mixtral_2048", 2048, 8, 2, 4096, 14336),  # Its rows are copied in expert order first.
     Case("mixtral_2100", 2100, 8, 2, 4096, 1792, routing="zipf"),
     Case("one_expert_3000", 3000, 64, 4, 1024, 512, routing="one_expert"),
     Case("odd_sizes", 700, 60, 4, 1411, 709, bias=True),

@@ -432,6 +432,7 @@ def test_rules_of_many_rows_an_expert() -> None:
     assert products(128, 8, 4096, 192, 8192)[0] == "128x64x64 g8 w4 s3 DP o2 p1"
     # 320 columns are five tiles of 64, or three of 128 that are 384 wide.
     assert products(160, 8, 6144, 320, 2048)[0] == "128x64x64 g8 w8 s3 D t64"
+    assert products(64, 8, 4096, 328, 2048)[0] == "128x128x64 g8 w8 s4 D t64"  # 384 either way.
     # 160 rows an expert are three tiles of 64 or two of 128; 192 rows may be four.
     assert products(256, 8, 7168, 2048, 5120)[1] == "64x256x64 g8 w4 s4 DP p2"
     assert products(256, 8, 7168, 2048, 6144)[1] == "128x256x64 g8 w8 s4 DP p2"

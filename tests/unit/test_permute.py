@@ -32,6 +32,9 @@ def problem(num_tokens: int, sizes: tuple[int, int, int, int] = MIXTRAL) -> Laye
         ((16, 2, 4096, 6400), 4096, True),
         ((128, 8, 4096, 1536), 8192, False),  # The copy would take 3 to 6%.
         ((8, 2, 4096, 4096), 8192, False),
+        # One expert of a shard: the bound on its rows is the batch, not what routing sends there.
+        ((1, 2, 4096, 14336), 1024, False),
+        ((1, 4, 6144, 10752), 128, False),
     ],
 )
 def test_by_size(sizes: tuple[int, int, int, int], num_tokens: int, copies: bool) -> None:

@@ -96,6 +96,10 @@ def test_further_cases_are_never_scored() -> None:
     more = list(cells(SHAPES, more=True))
     assert more and all(c.split in ("fit", "design") and c.shape not in UNSEEN_MODELS for c in more)
     assert not scored & {(c.shape, c.stage, c.T, c.routing) for c in more}
+    design = next(c for c in more if c.split == "design")
+    row = make_row(design.shape, design.T, "hot", "design")
+    assert regret_score.groups(row) == ["design"]
+    assert regret_score.fitted([row], [row]) == []
 
 
 def test_what_was_measured_beside(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def expected_sizes(family: str, num_tokens: int, top_k: int, num_experts: int) -
     """A typical histogram of a batch.
 
     Args:
-        family: "uniform"; "zipf", p ~ rank^-1.2; "hot", every token to the same experts.
+        family: "uniform"; "zipf", p ~ rank^-1.2; "hot", every token to the same experts;
+            "bimodal", an eighth of the tokens uniform and the rest hot.
     """
     chances = _chances(family, min(top_k, num_experts), num_experts)
     return Histogram.of(

@@ -13,7 +13,10 @@ PERMUTED = KernelConfig(
     128, 128, 64, 8, 8, 4, descriptors=True, persistent=True, store_parts=2
 )  # fmt: skip
 FEWEST_COLUMNS = 6144
-FEWEST_ROWS = 512  # Of the mean expert: persistent programs have no short tiles.
+FEWEST_ROWS = 512  # Of the mean expert: persistent programs have no short tiles. A shard's bound
+FEWEST_TOKENS = (
+    2048  # on rows counts other devices' too, so calls must be as large as measured ones.
+)
 
 
 def permuted(gate_up: GroupedGemm, target: Target) -> KernelConfig | None:
@@ -21,7 +24,9 @@ def permuted(gate_up: GroupedGemm, target: Target) -> KernelConfig | None:
 
     None where no costs were fitted for the machine, and where a user's profile speaks.
     """
-    if gate_up.n < FEWEST_COLUMNS or gate_up.max_rows < FEWEST_ROWS * gate_up.num_segments:
+    if gate_up.n < FEWEST_COLUMNS or gate_up.max_segment_rows < FEWEST_TOKENS:
+        return None
+    if gate_up.max_rows < FEWEST_ROWS * gate_up.num_segments:
         return None
     if not costs_speak(gate_up, target) or profile_of(gate_up, target) is not None:
         return None

@@ -40,12 +40,13 @@ def folder() -> Path | None:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Sixteen digits of the kernels' sources and of the features that costs are fitted on."""
+    """Sixteen digits of the sources of kernels, of what costs are fitted on and corrected by."""
     digest = hashlib.sha256()
     # Products are timed in launches of their own, without a copy before them.
     kernels = (PACKAGE / "moe" / "kernels").glob("*.py")
     files = sorted(file for file in kernels if file.name not in ("fused.py", "permute.py"))
-    for file in (*files, PACKAGE / "dispatch" / "features.py"):
+    costs = [PACKAGE / "dispatch" / name for name in ("features.py", "smoothing.py")]
+    for file in (*files, *costs):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -82,7 +82,8 @@ def _wgmma_gathered(gemm: GroupedGemm, target: Target) -> KernelConfig:
         # Short: two programs hide each other's beginnings and ends. Longer reductions are 1 to 4%
         # slower so, in the layer.
         return replace(tile(128, 64, 64, 4, 3), persistent=True, occupancy=2, store_parts=1)
-    if -(-gemm.n // 128) * 128 > 1.15 * gemm.n:  # Columns that tiles of 128 would add to 320.
+    # Columns that tiles of 128 would add: 320 become 384.
+    if -(-gemm.n // 128) * 128 > 1.15 * -(-gemm.n // 64) * 64:
         return tile(128, 64, 64, 8, 3, tail=64)
     return tile(128, 128, 64, 8, 4, tail=64)
 

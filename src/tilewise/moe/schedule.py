@@ -32,8 +32,8 @@ class LayerConfig:
         down: configuration of the second product.
         gate_up_few, down_few: what runs instead of either when few experts are active.
         fused: both products in one launch (kernels/fused.py); "grouped" only.
-        permuted: rows are copied in expert order first, and `gate_up` loads them by descriptor
-            (kernels/permute.py); "grouped" only, not with `fused`.
+        permuted: rows are copied in expert order first, so that a `gate_up` with descriptors loads
+            both operands by them (kernels/permute.py); "grouped" only, not with `fused`.
     """
 
     path: str
@@ -157,6 +157,7 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     (first, first_few), (second, second_few) = (
         choose_pair(gemm, target) for gemm in (gate_up, down)
     )
+    # Both were measured with gate and up by one descriptor.
     if first_few is None and second_few is None and problem.fusable:
         pair = fuse(gate_up, down, target)
         if pair is not None:

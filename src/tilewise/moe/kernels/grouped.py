@@ -1,6 +1,7 @@
 """The grouped GEMM: each expert's rows times that expert's weights, for both halves of the layer.
 
-gate+up:  out[r] = act(x[token(r)] @ gate[e].T, x[token(r)] @ up[e].T)    rows gathered by pointer
+gate+up:  out[r] = act(x[token(r)] @ gate[e].T, x[token(r)] @ up[e].T)    rows gathered by pointer, or
+                                                                in order already (permute.py)
 down:     out[r] = x[r] @ down[e].T                                       rows already in order
 
 Programs walk a list of tiles that only the device knows: expert-major, and inside an expert GROUP_M row
