@@ -62,6 +62,8 @@ def main() -> None:
     for name, usual in (("--wide", smoothing.WIDE), ("--narrow", smoothing.NARROW)):
         parser.add_argument(name, nargs=2, type=float, default=list(usual))
     options = parser.parse_args()
+    if min(*options.wide, *options.narrow) <= 0:
+        parser.error("--wide and --narrow take a REACH and a DOUBT above 0")
     smoothing.WIDE = Smoothing(*options.wide)
     smoothing.NARROW = Smoothing(*options.narrow)
     keys = (*TIMED, "stage")

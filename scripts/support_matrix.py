@@ -63,7 +63,7 @@ def same_bits() -> str:
     free = ", ".join(f"`{arch}`" for arch, target in CATALOGUE.items() if target.same_bits_any_tile)
     return (
         f"On {free} tests showed that a row's bits do not depend on its tile in 16 bits, so\n"
-        "`batch_invariant=True` only excludes decode, shared reductions and the launch that both products "
+        "`batch_invariant=True` only excludes decode, shared reductions, copies in expert order and the launch that both products "
         "may share. Elsewhere,\nand in fp32, every batch of a layer then runs one configuration."
     )
 

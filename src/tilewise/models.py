@@ -96,6 +96,7 @@ MODELS: dict[str, MoEShape] = {
 
 # Short names that no other model shares, and names as their makers spell them.
 ALIASES: dict[str, str] = {
+    "snowflake-arctic": "arctic",
     "qwen3-30b": "qwen3-30b-a3b",
     "qwen3-235b": "qwen3-235b-a22b",
     "qwen3-coder-480b": "qwen3-coder-480b-a35b",

@@ -116,8 +116,8 @@ def grouped_gemm_into(
         up: [E, N, K] view.
         ragged: the plan.
         config: legal for `target`.
-        row_weights: [num_tokens, top_k], scales the products before bias and activation: gathered
-            or not, row r is `top_k` assignment gather[r]'s.
+        row_weights: [num_tokens, top_k], scales the products before bias and activation; row r's is
+            at [gather[r] // top_k, gather[r] % top_k], gathered or not.
         activation: None stores the plain product.
         scratch: for `config.split_k`; without it nothing is split.
         overlap: with the kernels before and after.
