@@ -371,7 +371,7 @@ class Costs:
         }
 
     def static(self, shape: MoEShape, tokens: int) -> KernelConfig:
-        """Robust over the families, as `dispatch.select` chooses for our own kernels."""
+        """Robust over the families, by the score that our own kernels are chosen by."""
         scores = robust_scores(
             {
                 family: self.of(

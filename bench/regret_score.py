@@ -287,7 +287,8 @@ def one_for_all(rows: Sequence[Row]) -> list[float]:
         for pick, judge in ((0, 1), (1, 0)):
             # Of each routing the times over the fastest one's, by either half.
             over = [[relative(row, pick, half) for row in of_case] for half in (pick, judge)]
-            chosen = min(shared, key=lambda name, by=over[0]: sum(one[name] for one in by))  # type: ignore[misc]
+            totals = {name: sum(one[name] for one in over[0]) for name in shared}
+            chosen = min(totals, key=totals.__getitem__)
             found.append(statistics.fmean(one[chosen] for one in over[1]) - 1)
     return found
 

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
         if chosen.warm_only:
             warm_all(parts)
             return
-        for row in run(parts, chosen, "bench.unseen"):
+        flags = ["--beside"] if chosen.beside else []
+        for row in run(parts, chosen, "bench.unseen", flags):
             print(described(row), flush=True)
     for table in report.summary(Results(chosen.out)):
         print(table.markdown(), end="\n\n")
@@ -155,13 +156,19 @@ def known(shapes: Mapping[str, Shape]) -> Iterator[None]:
             del SHAPES[name]
 
 
-def run(parts: Sequence[measure.Options], chosen: argparse.Namespace, module: str) -> Iterator[Row]:
+def run(
+    parts: Sequence[measure.Options],
+    chosen: argparse.Namespace,
+    module: str,
+    flags: Sequence[str] = (),
+) -> Iterator[Row]:
     """Measures what is pending of all parts in one file, and yields each row once it is saved.
 
     Args:
         parts: What to measure, in this order, until the time limit.
         chosen: The command line; see `make_parser`.
         module: The program, which compiles one shape in a process of its own with `--warm-only`.
+        flags: Of the command line, which say what the parts are.
     """
     deadline = time.monotonic() + chosen.time_limit
     results = Results(chosen.out)
@@ -169,7 +176,6 @@ def run(parts: Sequence[measure.Options], chosen: argparse.Namespace, module: st
     for name, reason in missing.items():
         print(f"missing peer {name}: {reason}")
     if chosen.warm_jobs:
-        flags = ["--beside"] if getattr(chosen, "beside", False) else []
         warm_pending(parts, results, peers, module, chosen.warm_jobs, flags)
     measure.describe_run(parts[0], results, peers, missing)
     for part in parts:

@@ -96,24 +96,29 @@ def test_rows_in_expert_order(case: cases.Case) -> None:
     check(case, torch.float32, replace(GROUPED, permuted=True))
 
 
+def check_same_bits(case: cases.Case, config: LayerConfig, other: LayerConfig) -> None:
+    """Of two ways to run the same tiles, the first twice on one workspace."""
+    assert LayerConfig.from_json(config.to_json()) == config
+    inputs = cases.make_inputs(case, torch.float16, DEVICE)
+    size = run_layer(case, inputs, config, size_only=True)
+    workspace = torch.full((size + 4096,), 255, dtype=torch.uint8, device=DEVICE)
+    wanted = run_layer(case, inputs, other)
+    for _ in range(2):
+        assert torch.equal(run_layer(case, inputs, config, workspace=workspace), wanted)
+    cases.assert_close_to_reference(wanted, case, inputs)
+
+
 @pytest.mark.parametrize("routing", ["zipf", "hot", "one_expert", "sentinels", "all_sentinels"])
 @pytest.mark.parametrize("on_input", [False, True])
 def test_rows_in_expert_order_by_descriptor(routing: str, on_input: bool) -> None:
-    """The same bits as of gathered rows, twice on one workspace."""
+    """The same bits as of gathered rows."""
     case = cases.Case(
         "permuted", 75, 6, 2, 96, 64, bias=True, routing=routing,
         apply_router_weight_on_input=on_input,
     )  # fmt: skip
     walks = KernelConfig(16, 32, 32, 2, descriptors=True, persistent=True, store_parts=2)
     config = LayerConfig("grouped", walks, walks, permuted=True)
-    assert LayerConfig.from_json(config.to_json()) == config
-    inputs = cases.make_inputs(case, torch.float16, DEVICE)
-    size = run_layer(case, inputs, config, size_only=True)
-    workspace = torch.full((size + 4096,), 255, dtype=torch.uint8, device=DEVICE)
-    gathered = run_layer(case, inputs, replace(config, permuted=False))
-    for _ in range(2):
-        assert torch.equal(run_layer(case, inputs, config, workspace=workspace), gathered)
-    cases.assert_close_to_reference(gathered, case, inputs)
+    check_same_bits(case, config, replace(config, permuted=False))
 
 
 @pytest.mark.parametrize("expert_map", [None, "half"])
@@ -127,6 +132,7 @@ def test_the_sizes_choose_between_two_configurations(routing: str, expert_map: s
     )  # fmt: skip
     assert LayerConfig.from_json(config.to_json()) == config
     check(case, torch.float32, config)
+    check(case, torch.float32, replace(config, permuted=True))
 
 
 FUSED = {
@@ -160,17 +166,10 @@ def test_both_products_in_one_launch(case: cases.Case) -> None:
 @pytest.mark.parametrize("name", list(FUSED))
 @pytest.mark.parametrize("routing", ["zipf", "hot", "one_expert", "all_sentinels"])
 def test_one_launch_with_every_kind_of_tile(name: str, routing: str) -> None:
-    """The same bits as by two launches of the same tiles: in any order, twice on one workspace."""
+    """The same bits as by two launches of the same tiles: in any order."""
     case = cases.Case("fused", 75, 6, 2, 96, 64, bias=True, routing=routing)
     config = fused(name)
-    assert LayerConfig.from_json(config.to_json()) == config
-    inputs = cases.make_inputs(case, torch.float16, DEVICE)
-    size = run_layer(case, inputs, config, size_only=True)
-    workspace = torch.full((size + 4096,), 255, dtype=torch.uint8, device=DEVICE)
-    apart = run_layer(case, inputs, replace(config, fused=False))
-    for _ in range(2):
-        assert torch.equal(run_layer(case, inputs, config, workspace=workspace), apart)
-    cases.assert_close_to_reference(apart, case, inputs)
+    check_same_bits(case, config, replace(config, fused=False))
 
 
 def test_one_launch_after_a_plan_in_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
