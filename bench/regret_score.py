@@ -66,7 +66,7 @@ def ramp(rows: Sequence[Row], *, relative: bool) -> Policy:
     for stage in measure.STAGES:
         for shape in (None, *SHAPES):
             of = [r for r in rows if r["stage"] == stage and shape in (None, r["shape"])]
-            for name in {n for r in of for n in r["times_us"]}:
+            for name in dict.fromkeys(n for r in of for n in r["times_us"]):
                 have = [r for r in of if name in r["times_us"]]
                 if len(have) < 5:
                     continue
@@ -288,7 +288,8 @@ def one_for_all(rows: Sequence[Row]) -> list[float]:
             # Of each routing the times over the fastest one's, by either half.
             over = [[relative(row, pick, half) for row in of_case] for half in (pick, judge)]
             totals = {name: sum(one[name] for one in over[0]) for name in shared}
-            chosen = min(totals, key=totals.__getitem__)
+            # By name where two tie: a set's order differs from process to process.
+            chosen = min(sorted(totals), key=totals.__getitem__)
             found.append(statistics.fmean(one[chosen] for one in over[1]) - 1)
     return found
 

@@ -263,7 +263,7 @@ def main() -> None:
     jobs = {}
     for shape_name in options.shapes:
         shape = protocol.SHAPES[shape_name]
-        for config in {c for t in options.tokens for c in candidates(t)}:
+        for config in dict.fromkeys(c for t in options.tokens for c in candidates(t)):
             for stage, gemm in zip(("gate_up", "down"), products(shape, 64), strict=True):
                 if why_illegal(config, gemm, target) is None:
                     even = (gemm.k % config.block_k == 0, gemm.n % config.block_n == 0)
