@@ -79,8 +79,7 @@ def run(arguments: Sequence[str]) -> None:
 def print_report(arguments: Sequence[str]) -> None:
     """Prints every table of a results file as Markdown."""
     results = read_named("python -m bench report", arguments, OUT, ROUTINGS)
-    print("\n\n".join(table.markdown() for table in report.full(results)))
-    print("\n" + "\n".join(f"- {line}" for line in report.remarks(results)))
+    report.show(report.full(results), report.remarks(results))
 
 
 def _measure(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +209,17 @@ def reported(
     named = f"python -m bench.{program} report"
     results = read_named(named, arguments[1:], default, keys=keys, entry=entry)
     unit = [f"unit: {results.meta['unit']}"] if "unit" in results.meta else []
-    print(table(results.rows).markdown() + "\n")
-    print("\n".join(f"- {line}" for line in [*unit, *remarks(results)]))
+    show([table(results.rows)], [*unit, *remarks(results)])
     return True
+
+
+def show(tables: Sequence[Table], lines: Sequence[str]) -> None:
+    """Prints tables as Markdown, then a list. The reader may leave early, as `head` does."""
+    text = [*(table.markdown() + "\n" for table in tables), *(f"- {line}" for line in lines)]
+    try:
+        print("\n".join(text), flush=True)
+    except BrokenPipeError:  # What is left is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def summary(results: Results) -> list[Table]:

@@ -56,8 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 def print_report(arguments: Sequence[str]) -> None:
     """Prints every table of a results file as Markdown."""
     results = read_named("python -m bench.skew report", arguments, OUT, ROUTINGS)
-    print("\n\n".join(table.markdown() for table in tables(results.rows)) + "\n")
-    print("\n".join(f"- {line}" for line in report.remarks(results)))
+    report.show(tables(results.rows), report.remarks(results))
 
 
 def make_routing(

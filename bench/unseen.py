@@ -82,9 +82,7 @@ def print_report(arguments: Sequence[str]) -> None:
     chosen = parser.parse_args(arguments)
     results, tuned = read(parser, chosen.file, ROUTINGS), read(parser, chosen.tuned, ROUTINGS)
     tables = full(results.rows, tuned.rows)
-    print("\n\n".join(table.markdown() for table in tables) + "\n")
-    lines = [*report.remarks(results), *differences(results.rows, tuned.rows)]
-    print("\n".join(f"- {line}" for line in lines))
+    report.show(tables, [*report.remarks(results), *differences(results.rows, tuned.rows)])
 
 
 # Measuring. `bench.skew` runs its cells by the same functions.

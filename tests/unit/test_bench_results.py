@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,18 @@ def test_reports_of_committed_costs(program: str, capsys: pytest.CaptureFixture[
     document = json.loads(path.read_text())
     assert sum(text.startswith("| ") for text in printed.splitlines()) == len(document["rows"]) + 2
     assert f"- unit: {document['meta']['unit']}" in printed and "commit" in printed
+
+
+def test_who_reads_a_report_may_leave_early() -> None:
+    command = [sys.executable, "-m", "bench", "report"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        assert program.stderr.read() == b""
+        assert program.wait() == 0
 
 
 @pytest.mark.parametrize("program", COSTS)
