@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import tilewise
 from tests import cases
-from tilewise import ExpertWeights, MoEShape
+from tilewise import ExpertWeights, LayerConfig, MoEShape
 from tilewise.dispatch.config import FewActive, KernelConfig
 from tilewise.dispatch.fuse import MEDIUM, SHORT, TALL
 from tilewise.moe.activation import KINDS, Activation
@@ -332,10 +333,17 @@ def compiled_variants() -> set[object]:
     return found
 
 
-@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
-def test_nothing_compiles_after_warmup(invariant: bool) -> None:
+GIVEN = KernelConfig(64, 64, 64, 8, 4, 3, descriptors=True, tail_m=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_invariant": True}, {"config": LayerConfig("grouped", GIVEN, GIVEN)}],
+    ids=["default", "invariant", "config"],
+)
+def test_nothing_compiles_after_warmup(options: dict[str, Any]) -> None:
     shape = MoEShape(24, 8, 2048, 1024)
-    listed = tilewise.warmup(shape, max_tokens=3000, batch_invariant=invariant)
+    listed = tilewise.warmup(shape, max_tokens=3000, **options)
     assert listed
     before = compiled_variants()
     weights = tilewise.FusedExperts(shape, device="cuda").weights
@@ -343,7 +351,7 @@ def test_nothing_compiles_after_warmup(invariant: bool) -> None:
         x = torch.randn(num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
         logits = torch.randn(num_tokens, 24, device="cuda", dtype=torch.bfloat16)
         topk_weights, ids = tilewise.route(logits, 8)
-        tilewise.fused_experts(x, weights, topk_weights, ids, batch_invariant=invariant)
+        tilewise.fused_experts(x, weights, topk_weights, ids, **options)
     torch.cuda.synchronize()
     assert not compiled_variants() - before
 

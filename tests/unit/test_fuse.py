@@ -12,6 +12,7 @@ from tilewise.dispatch.fuse import MEDIUM, SHORT, TALL, fuse
 from tilewise.dispatch.select import choose
 from tilewise.dispatch.table import shipped
 from tilewise.models import MoEShape
+from tilewise.moe import schedule as schedules
 from tilewise.moe.explain import explain, workspace_size
 from tilewise.moe.forward import problem_of
 from tilewise.moe.launch import next_power_of_two
@@ -63,6 +64,17 @@ def test_by_size(
         assert (layer.gate_up, layer.down) == pair
         for config, gemm in zip(pair, problem(num_tokens, sizes).gemms(), strict=True):
             assert why_illegal(config, gemm, H200) is None
+
+
+def test_no_cost_is_evaluated_for_a_shared_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("12 ms of host time for nothing")
+
+    for name in ("choose", "choose_pair"):
+        monkeypatch.setattr(schedules, name, refuse)
+    assert schedule.__wrapped__(problem(8), H200).fused
+    with pytest.raises(AssertionError, match="for nothing"):
+        schedule.__wrapped__(problem(17), H200)
 
 
 def test_only_where_measured_and_possible() -> None:

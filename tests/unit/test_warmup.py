@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tilewise import MODELS, SWIGLU, MoEShape, Target
+from tilewise import MODELS, SWIGLU, KernelConfig, LayerConfig, MoEShape, Target
 from tilewise.moe import warmup
+from tilewise.moe.forward import overlap_of
+from tilewise.moe.plan import plan_variant
 from tilewise.moe.warmup import first_of_each, meta_weights, representative_tokens
 
 NARROW = MoEShape(128, 8, 4096, 192)
@@ -24,6 +28,23 @@ def test_jumps_find_what_a_walk_finds(
     jumped = representative_tokens(*arguments)
     monkeypatch.setattr(warmup, "first_of_each", walk)
     assert jumped == representative_tokens(*arguments)
+
+
+def test_a_given_configuration_is_what_is_compiled() -> None:
+    target, top_k = Target.from_arch("sm_90"), NARROW.top_k
+    weights = meta_weights(NARROW, torch.bfloat16, SWIGLU)
+    tile = KernelConfig(64, 64, 64, 8, 4, 3, descriptors=True)
+    given = LayerConfig("grouped", tile, tile)
+    # Of one configuration the plan and the overlap alone differ.
+    tokens = representative_tokens(weights, top_k, 4096, False, target, given.to_json())
+    assert len(tokens) < len(representative_tokens(weights, top_k, 4096, False, target)) / 2
+    variants = [(plan_variant(t * top_k), overlap_of(t * top_k, target)) for t in tokens]
+    assert len(set(variants)) == len(variants)
+    wide = replace(tile, block_n=1024)
+    with pytest.raises(ValueError, match=r"cannot run: needs .* nearest legal"):
+        representative_tokens(
+            weights, top_k, 4096, False, target, replace(given, down=wide).to_json()
+        )
 
 
 def walk(variant, largest):

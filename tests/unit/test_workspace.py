@@ -108,6 +108,7 @@ def test_more_rows_than_a_ragged_descriptor_holds_go_by_pointers() -> None:
         ({"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16"),
         ({"dtype": torch.float8_e4m3fn}, "must be torch.bfloat16"),
         ({"activation": "swiglu"}, "must be a tilewise.Activation"),
+        ({"config": "grouped"}, "config='grouped' must be a tilewise.LayerConfig"),
     ],
     ids=str,
 )

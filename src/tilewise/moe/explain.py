@@ -21,7 +21,7 @@ from .checks import (
     check_target,
 )
 from .plan import plan_ints
-from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
+from .schedule import LayerConfig, LayerProblem, layer_config, schedule
 from .workspace import buffer_sizes
 
 
@@ -221,8 +221,8 @@ def explain(
         )
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
-    given = given_schedule(config.to_json(), problem, machine) if config else None
-    layer = _as_run(given or schedule(problem, machine), activation.is_gated)
+    given = "" if config is None else config.to_json()
+    layer = _as_run(layer_config(given, problem, machine), activation.is_gated)
     e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
     if active_experts is None:
         active_experts = e * (1.0 - (1.0 - k / e) ** num_tokens)

@@ -23,7 +23,7 @@ from .fused import fused_gemms_into
 from .launch import INTERPRETED, Overlap, on_device, recording, tf32_allowed
 from .permute import permute_into
 from .plan import carve_counts, carve_plan, plan_into, plan_ints
-from .schedule import LayerConfig, LayerProblem, given_schedule, schedule
+from .schedule import LayerConfig, LayerProblem, layer_config, schedule
 from .workspace import buffer_sizes, carve, num_counters
 
 # Up to here a launch that starts early gains 1%; from 1,024 rows it can take the place of the one
@@ -210,7 +210,7 @@ def _launch(
     """Decides and launches; returns the workspace."""
     num_tokens, top_k = topk_ids.shape
     problem = problem_of(hidden_states, gate, up, down, topk_ids, reduce, batch_invariant)
-    layer = given_schedule(config, problem, target) if config else schedule(problem, target)
+    layer = layer_config(config, problem, target)
     sizes = buffer_sizes(problem, layer, target)
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=hidden_states.device)

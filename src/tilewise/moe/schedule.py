@@ -154,17 +154,16 @@ def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     if problem.batch_invariant:  # How many programs share a reduction depends on the batch.
         alone = (replace(choose(gemm, target), split_k=1) for gemm in (gate_up, down))
         return LayerConfig("grouped", next(alone), next(alone))
-    (first, first_few), (second, second_few) = (
-        choose_pair(gemm, target) for gemm in (gate_up, down)
-    )
-    # Both were measured with gate and up by one descriptor.
-    if first_few is None and second_few is None and problem.fusable:
+    if problem.fusable:  # Both of these were measured with gate and up by one descriptor.
         pair = fuse(gate_up, down, target)
         if pair is not None:
             return LayerConfig("grouped", *pair, fused=True)
         in_order = permuted(gate_up, target)
         if in_order is not None:
-            return LayerConfig("grouped", in_order, second, permuted=True)
+            return LayerConfig("grouped", in_order, choose(down, target), permuted=True)
+    (first, first_few), (second, second_few) = (
+        choose_pair(gemm, target) for gemm in (gate_up, down)
+    )
     return LayerConfig("grouped", first, second, first_few, second_few)
 
 
@@ -223,6 +222,13 @@ def given_schedule(config_json: str, problem: LayerProblem, target: Target) -> L
             "else use fused=False"
         )
     return config
+
+
+def layer_config(config_json: str, problem: LayerProblem, target: Target) -> LayerConfig:
+    """What a call runs: the caller's configuration, or the chosen one where that is ""."""
+    if config_json:
+        return given_schedule(config_json, problem, target)
+    return schedule(problem, target)
 
 
 def _check_kernel(

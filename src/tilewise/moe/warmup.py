@@ -11,11 +11,11 @@ from ..models import MoEShape
 from ..target import Target
 from . import launch as launching
 from .activation import SWIGLU, Activation
-from .checks import check_activation, check_dtype
+from .checks import check_activation, check_config, check_dtype
 from .forward import forward_into, overlap_of, problem_of
 from .plan import plan_variant
 from .route import route_into
-from .schedule import schedule
+from .schedule import LayerConfig, layer_config
 from .weights import ExpertWeights
 from .workspace import buffer_sizes
 
@@ -42,9 +42,19 @@ def meta_weights(
 
 
 def representative_tokens(
-    weights: ExpertWeights, top_k: int, max_tokens: int, batch_invariant: bool, target: Target
+    weights: ExpertWeights,
+    top_k: int,
+    max_tokens: int,
+    batch_invariant: bool,
+    target: Target,
+    config: str = "",
 ) -> list[int]:
-    """Token counts up to `max_tokens` that between them need every variant, one count a variant."""
+    """Token counts up to `max_tokens` that between them need every variant, one count a variant.
+
+    Args:
+        config: a `LayerConfig` as JSON that all calls pass, or "" for those that choose.
+        Others: as `warmup`.
+    """
 
     def variant(num_tokens: int) -> object:
         ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
@@ -54,7 +64,7 @@ def representative_tokens(
         )
         # The plan's step is a variant of its own, and so is the overlap; decode has neither.
         rows = num_tokens * top_k
-        return schedule(problem, target), plan_variant(rows), overlap_of(rows, target)
+        return layer_config(config, problem, target), plan_variant(rows), overlap_of(rows, target)
 
     return first_of_each(variant, max_tokens)
 
@@ -99,6 +109,7 @@ def warmup(
     apply_router_weight_on_input: bool = False,
     reduce: bool = True,
     batch_invariant: bool = False,
+    config: LayerConfig | None = None,
     routing: bool = True,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -114,37 +125,45 @@ def warmup(
         activation, bias: as the weights have them.
         weights: the real weights, if their strides differ from [gate; up] rows; memory is not read.
         topk_ids_dtype, topk_weights_dtype: as the router gives them.
-        expert_map, apply_router_weight_on_input, reduce, batch_invariant: as the calls pass them.
+        expert_map, apply_router_weight_on_input, reduce, batch_invariant, config: as the calls pass
+            them.
         routing: prepare the default `route` too.
         device: the accelerator; the current one if None. Without one there is nothing to compile.
         progress: called with (done, total) after each step.
 
     Returns:
         Sorted unique "kernel:hash" of what was compiled or already there.
+
+    Raises:
+        TypeError: an argument of another type. ValueError: sizes or options that no call could
+            have, or a `config` that this machine cannot run with up to `max_tokens` tokens.
     """
     shapes = [shapes] if isinstance(shapes, MoEShape) else list(shapes)
-    _check(shapes, max_tokens, dtype, activation, device)
+    _check(shapes, max_tokens, dtype, activation, config, device)
     target = Target.probe(device)
     if target.backend == "cpu":
         return []
     if weights is not None:
-        given = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
+        sizes = (weights.num_local_experts, weights.hidden_size, weights.intermediate_size)
         for shape in shapes:
             # A device may hold fewer experts than a token chooses: a shape then counts more.
             fits = (
                 shape.num_experts >= weights.num_local_experts
-                and (shape.hidden_size, shape.intermediate_size) == given[1:]
-                and (shape.num_experts == weights.num_local_experts or shape.top_k > given[0])
+                and (shape.hidden_size, shape.intermediate_size) == sizes[1:]
+                and (shape.num_experts == weights.num_local_experts or shape.top_k > sizes[0])
             )
             if not fits or weights.is_gated is not activation.is_gated:
                 raise ValueError(
-                    f"weights of (experts, hidden, intermediate) {given} do not go with {shape} "
+                    f"weights of (experts, hidden, intermediate) {sizes} do not go with {shape} "
                     f"and activation {activation.kind!r}: warm up one layer at a time"
                 )
+    given = "" if config is None else config.to_json()
     jobs: list[tuple[MoEShape, ExpertWeights, int]] = []
     for shape in shapes:
         w = weights or meta_weights(shape, dtype, activation, bias)
-        for tokens in representative_tokens(w, shape.top_k, max_tokens, batch_invariant, target):
+        for tokens in representative_tokens(
+            w, shape.top_k, max_tokens, batch_invariant, target, given
+        ):
             jobs.append((shape, w, tokens))
     where = torch.device(device or "cuda")
     if where.index is None:
@@ -154,7 +173,7 @@ def warmup(
         with launching.on_device(where), launching.compile_only() as compiled:
             _call(
                 shape, w, tokens, target, activation, topk_ids_dtype, topk_weights_dtype,
-                expert_map, apply_router_weight_on_input, reduce, batch_invariant,
+                expert_map, apply_router_weight_on_input, reduce, batch_invariant, given,
             )  # fmt: skip
             if routing:
                 logits = torch.empty((tokens, shape.num_experts), dtype=dtype, device="meta")
@@ -173,6 +192,7 @@ def _check(
     max_tokens: int,
     dtype: torch.dtype,
     activation: Activation,
+    config: LayerConfig | None,
     device: torch.device | str | None,
 ) -> None:
     """Refuses what no call could have, on machines without an accelerator too."""
@@ -185,6 +205,7 @@ def _check(
         raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 1")
     check_dtype(dtype)
     check_activation(activation)
+    check_config(config)
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here")
 
@@ -201,6 +222,7 @@ def _call(
     on_input: bool,
     reduce: bool,
     batch_invariant: bool,
+    config: str,
 ) -> None:
     def empty(*size: int, dtype: torch.dtype = weights.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -210,7 +232,7 @@ def _call(
     problem = problem_of(
         hidden, weights.gate, weights.up, weights.down, ids, reduce, batch_invariant
     )
-    sizes = buffer_sizes(problem, schedule(problem, target), target)
+    sizes = buffer_sizes(problem, layer_config(config, problem, target), target)
     slots = () if reduce else (shape.top_k,)
     forward_into(
         empty(tokens, *slots, shape.hidden_size),
@@ -229,6 +251,6 @@ def _call(
         on_input,
         reduce,
         batch_invariant,
-        "",
+        config,
         target,
     )
