@@ -62,6 +62,7 @@ class Compiled:
     assembly: str
     shared: int  # bytes
     spilled: int  # registers (AMD) or bytes of stack (NVIDIA)
+    cubin: bytes = b""  # NVIDIA
 
 
 def compile_kernel(
@@ -96,10 +97,9 @@ def compile_kernel(
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
         spilled = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", text))
-    else:
-        text = binary.asm["ptx"]
-        spilled = _stack_bytes(binary.asm["cubin"])
-    return Compiled(text, binary.metadata.shared, spilled)
+        return Compiled(text, binary.metadata.shared, spilled)
+    cubin = binary.asm["cubin"]
+    return Compiled(binary.asm["ptx"], binary.metadata.shared, _stack_bytes(cubin), cubin)
 
 
 _BULK_STORE = r"cp\.async\.bulk\.tensor[\w.]*global\.shared"
@@ -123,16 +123,28 @@ def check_overlap(ptx: str, mode: int) -> None:
     assert let_in == {0: [], 1: [1], 2: [len(order) - 1]}[mode], (let_in, len(order), stores[-1])
 
 
+def waits_for_each_product(cubin: bytes) -> bool:
+    """Whether a Hopper binary waits for every wgmma before the next one.
+
+    ptxas does so throughout a kernel, and says no more than an advice (C7515), if it cannot keep
+    the accumulators of any one loop in place.
+    """
+    code = _cuobjdump(cubin, "-sass")
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", code)
+    return len(waits) >= len(re.findall(r"\bHGMMA\.", code)) and set(waits) == {"0x0"}
+
+
 def _stack_bytes(cubin: bytes) -> int:
     """Bytes of stack a CUDA binary uses, which for these kernels can only be spills."""
+    text = _cuobjdump(cubin, "--dump-resource-usage")
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", text))
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
+        return subprocess.run(
+            [str(tool), what, file.name], capture_output=True, text=True, check=True
         ).stdout
-    return max(int(n) for n in re.findall(r"STACK:(\d+)", text))
