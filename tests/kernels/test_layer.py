@@ -108,12 +108,15 @@ def check_same_bits(case: cases.Case, config: LayerConfig, other: LayerConfig) -
     cases.assert_close_to_reference(wanted, case, inputs)
 
 
-@pytest.mark.parametrize("routing", ["zipf", "hot", "one_expert", "sentinels", "all_sentinels"])
-@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize(
+    ("routing", "on_input"),
+    [(r, False) for r in ("zipf", "hot", "one_expert", "sentinels", "all_sentinels")]
+    + [("zipf", True), ("sentinels", True)],
+)
 def test_rows_in_expert_order_by_descriptor(routing: str, on_input: bool) -> None:
     """The same bits as of gathered rows."""
     case = cases.Case(
-        "permuted", 75, 6, 2, 96, 64, bias=True, routing=routing,
+        "permuted", 45, 6, 2, 96, 64, bias=True, routing=routing,
         apply_router_weight_on_input=on_input,
     )  # fmt: skip
     walks = KernelConfig(16, 32, 32, 2, descriptors=True, persistent=True, store_parts=2)
