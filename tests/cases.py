@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from tilewise.moe.activation import (
     SWIGLU_OAI,
     Activation,
 )
+from tilewise.moe.schedule import LayerProblem
 from tilewise.moe.weights import ExpertWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +52,16 @@ class Case:
     weights_dtype: torch.dtype = torch.float32
     apply_router_weight_on_input: bool = False
     reduce: bool = True
+
+
+def layer_problem(num_tokens: int, sizes: Sequence[int], **changes: Any) -> LayerProblem:
+    """A call in 16 bits of (experts, top_k, hidden, intermediate), gated, that suits descriptors.
+
+    Experts may be fewer than `top_k`, as on a device that holds a few of them.
+    """
+    experts, top_k, hidden, inter = sizes
+    made = LayerProblem(num_tokens, top_k, experts, hidden, inter, 2, True, True)
+    return replace(made, **changes)
 
 
 @dataclass(frozen=True)

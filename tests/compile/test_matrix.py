@@ -27,7 +27,7 @@ SHAPES = {
 }
 FEWEST = {"narrow": (3,), "long": (3,)}  # Tokens that are rules of their own there.
 TOKENS = (8, 32, 48, 128, 2048, 8192)
-# Hopper waits for each of its products, which its costs were measured with.
+# Shipped although ptxas makes its products wait for each other: its costs were measured so.
 SERIAL = ("32x32x64 g8 w4 s4 SD",)
 
 config = load("dispatch.config")

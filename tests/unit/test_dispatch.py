@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 
+from tests.cases import layer_problem
 from tilewise.dispatch.config import (
     FewActive,
     GroupedGemm,
@@ -31,11 +32,7 @@ KIB = 1024
 def problem(
     num_tokens: int, shape: MoEShape = MODELS["qwen3-30b-a3b"], itemsize: int = 2, **changes: Any
 ) -> LayerProblem:
-    made = LayerProblem(
-        num_tokens, shape.top_k, shape.num_experts, shape.hidden_size, shape.intermediate_size,
-        itemsize, True, True,
-    )  # fmt: skip
-    return replace(made, **changes)
+    return layer_problem(num_tokens, astuple(shape), itemsize=itemsize, **changes)
 
 
 GATE_UP = GroupedGemm(4096, 512, 128, 768, 2048, num_weights=2, gathered=True)
@@ -423,7 +420,7 @@ def test_rules_of_many_rows_an_expert() -> None:
     target = CATALOGUE["sm_90"]
 
     def products(experts: int, top_k: int, hidden: int, inter: int, tokens: int) -> list[str]:
-        here = LayerProblem(tokens, top_k, experts, hidden, inter, 2, True, True)
+        here = layer_problem(tokens, (experts, top_k, hidden, inter))
         return [rule(gemm, target).name for gemm in here.gemms()]
 
     # Long reductions keep tall tiles with short ones; short ones run twice on a multiprocessor.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.cases import layer_problem
 from tilewise.dispatch.config import FewActive, KernelConfig, StreamConfig, why_illegal
 from tilewise.dispatch.fuse import MEDIUM, SHORT, TALL, fuse
 from tilewise.dispatch.select import choose
@@ -16,18 +17,13 @@ from tilewise.moe import schedule as schedules
 from tilewise.moe.explain import explain, workspace_size
 from tilewise.moe.forward import problem_of
 from tilewise.moe.launch import next_power_of_two
-from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
+from tilewise.moe.schedule import LayerConfig, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, num_counters
 from tilewise.target import CATALOGUE, Target
 
 H200 = CATALOGUE["sm_90"]
 OLMOE = (64, 8, 2048, 1024)
 DEEPSEEK = (256, 8, 7168, 2048)
-
-
-def problem(num_tokens: int, sizes: tuple[int, int, int, int] = OLMOE) -> LayerProblem:
-    experts, top_k, hidden, inter = sizes
-    return LayerProblem(num_tokens, top_k, experts, hidden, inter, 2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +54,11 @@ def problem(num_tokens: int, sizes: tuple[int, int, int, int] = OLMOE) -> LayerP
 def test_by_size(
     sizes: tuple[int, int, int, int], num_tokens: int, pair: tuple[KernelConfig, ...] | None
 ) -> None:
-    layer = schedule(problem(num_tokens, sizes), H200)
+    layer = schedule(layer_problem(num_tokens, sizes), H200)
     assert layer.fused is (pair is not None)
     if pair is not None:
         assert (layer.gate_up, layer.down) == pair
-        for config, gemm in zip(pair, problem(num_tokens, sizes).gemms(), strict=True):
+        for config, gemm in zip(pair, layer_problem(num_tokens, sizes).gemms(), strict=True):
             assert why_illegal(config, gemm, H200) is None
 
 
@@ -72,13 +68,13 @@ def test_no_cost_is_evaluated_for_a_shared_launch(monkeypatch: pytest.MonkeyPatc
 
     for name in ("choose", "choose_pair"):
         monkeypatch.setattr(schedules, name, refuse)
-    assert schedule.__wrapped__(problem(8), H200).fused
+    assert schedule.__wrapped__(layer_problem(8, OLMOE), H200).fused
     with pytest.raises(AssertionError, match="for nothing"):
-        schedule.__wrapped__(problem(17), H200)
+        schedule.__wrapped__(layer_problem(17, OLMOE), H200)
 
 
 def test_only_where_measured_and_possible() -> None:
-    here = problem(8)
+    here = layer_problem(8, OLMOE)
     assert schedule(here, H200).fused
     for other in (
         replace(here, fusable=False), replace(here, descriptors_possible=False),
@@ -96,9 +92,10 @@ def test_a_profile_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tilewise.dispatch.table.profiled", lambda *sizes: table)
     schedule.cache_clear()
     try:
-        layer = schedule(problem(8), H200)
+        layer = schedule(layer_problem(8, OLMOE), H200)
         assert not layer.fused
-        assert (layer.gate_up, layer.down) == tuple(choose(g, H200) for g in problem(8).gemms())
+        gemms = layer_problem(8, OLMOE).gemms()
+        assert (layer.gate_up, layer.down) == tuple(choose(gemm, H200) for gemm in gemms)
     finally:
         schedule.cache_clear()
 
@@ -107,7 +104,7 @@ def test_what_can_share_a_launch() -> None:
     tile = KernelConfig(16, 64, 64, descriptors=True)
     good = LayerConfig("grouped", tile, tile, fused=True)
     assert LayerConfig.from_json(good.to_json()) == good
-    assert given_schedule(good.to_json(), problem(8), H200) == good
+    assert given_schedule(good.to_json(), layer_problem(8, OLMOE), H200) == good
     for other, message in (
         (replace(tile, descriptors=False), "down must load by descriptors"),
         (replace(tile, persistent=True), "down must load by descriptors from a plain grid"),
@@ -122,11 +119,11 @@ def test_what_can_share_a_launch() -> None:
     with pytest.raises(TypeError, match="fused='false' must be True or False"):
         LayerConfig.from_json(good.to_json().replace('"fused": true', '"fused": "false"'))
     with pytest.raises(ValueError, match="gfx942 does not have: use fused=False"):
-        given_schedule(good.to_json(), problem(8), CATALOGUE["gfx942"])
+        given_schedule(good.to_json(), layer_problem(8, OLMOE), CATALOGUE["gfx942"])
     with pytest.raises(ValueError, match="path='decode' takes no fused: use 'grouped'"):
         LayerConfig("decode", StreamConfig(8, 64), StreamConfig(8, 64), fused=True)
     with pytest.raises(ValueError, match=r"parts of one tensor.*else use fused=False"):
-        given_schedule(good.to_json(), replace(problem(8), fusable=False), H200)
+        given_schedule(good.to_json(), replace(layer_problem(8, OLMOE), fusable=False), H200)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +143,14 @@ def test_which_weights_are_fusable(inter: int, apart: bool, fusable: bool) -> No
 
 
 def test_scratch_has_room_for_tickets() -> None:
-    layer = schedule(problem(8), H200)
+    layer = schedule(layer_problem(8, OLMOE), H200)
     assert num_counters(layer, 64, H200) == next_power_of_two(65)
     apart = replace(layer, fused=False)
-    plan, *rest = buffer_sizes(problem(8), layer, H200)
-    assert buffer_sizes(problem(8), apart, H200) == (plan, *rest)  # What is largest serves all.
+    plan, *rest = buffer_sizes(layer_problem(8, OLMOE), layer, H200)
+    assert buffer_sizes(layer_problem(8, OLMOE), apart, H200) == (
+        plan,
+        *rest,
+    )  # What is largest serves all.
     shape = MoEShape(*OLMOE)
     assert workspace_size(shape, 700, target=H200) >= workspace_size(shape, 600, target=H200)
 

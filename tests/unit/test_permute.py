@@ -7,20 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tilewise.dispatch.config import KernelConfig, StreamConfig, why_illegal
+from tests.cases import layer_problem
+from tilewise.dispatch import select
+from tilewise.dispatch.config import GroupedGemm, KernelConfig, StreamConfig, why_illegal
 from tilewise.dispatch.permute import PERMUTED, permuted
 from tilewise.models import MoEShape
+from tilewise.moe import schedule as schedules
 from tilewise.moe.explain import explain
-from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
-from tilewise.target import CATALOGUE
+from tilewise.moe.schedule import LayerConfig, given_schedule, schedule
+from tilewise.target import CATALOGUE, Target
 
 H200 = CATALOGUE["sm_90"]
 MIXTRAL = (8, 2, 4096, 14336)
-
-
-def problem(num_tokens: int, sizes: tuple[int, int, int, int] = MIXTRAL) -> LayerProblem:
-    experts, top_k, hidden, inter = sizes
-    return LayerProblem(num_tokens, top_k, experts, hidden, inter, 2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -38,16 +36,30 @@ def problem(num_tokens: int, sizes: tuple[int, int, int, int] = MIXTRAL) -> Laye
     ],
 )
 def test_by_size(sizes: tuple[int, int, int, int], num_tokens: int, copies: bool) -> None:
-    layer = schedule(problem(num_tokens, sizes), H200)
+    layer = schedule(layer_problem(num_tokens, sizes), H200)
     assert layer.permuted is copies and not layer.fused
     if copies:
-        gate_up, _ = problem(num_tokens, sizes).gemms()
+        gate_up, _ = layer_problem(num_tokens, sizes).gemms()
         assert layer.gate_up == PERMUTED
         assert why_illegal(PERMUTED, replace(gate_up, gathered=False), H200) is None
 
 
+def test_gate_up_is_not_chosen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What copies its rows has its configuration: costs are evaluated for down alone."""
+    chosen: list[bool] = []
+
+    def choose(gemm: GroupedGemm, target: Target) -> KernelConfig:
+        chosen.append(gemm.gathered)
+        return select.choose(gemm, target)
+
+    monkeypatch.setattr(schedules, "choose", choose)
+    monkeypatch.setattr(schedules, "choose_pair", None)
+    assert schedule.__wrapped__(layer_problem(8192, MIXTRAL), H200).permuted
+    assert chosen == [False]
+
+
 def test_only_where_measured_and_possible() -> None:
-    here = problem(8192)
+    here = layer_problem(8192, MIXTRAL)
     assert schedule(here, H200).permuted
     for other in (
         replace(here, descriptors_possible=False), replace(here, itemsize=4),
@@ -63,7 +75,7 @@ def test_what_a_caller_may_ask_for() -> None:
     tile = KernelConfig(64, 64, 64, 8, 4, 3, descriptors=True)
     config = LayerConfig("grouped", tile, tile, permuted=True)
     assert LayerConfig.from_json(config.to_json()) == config
-    assert given_schedule(config.to_json(), problem(8), H200) == config
+    assert given_schedule(config.to_json(), layer_problem(8, MIXTRAL), H200) == config
     with pytest.raises(ValueError, match="gathers its rows itself: use permuted=False"):
         replace(config, fused=True)
     with pytest.raises(TypeError, match="permuted=1 must be True or False"):
