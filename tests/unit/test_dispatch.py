@@ -433,4 +433,6 @@ def test_rules_of_many_rows_an_expert() -> None:
     # 160 rows an expert are three tiles of 64 or two of 128; 192 rows may be four.
     assert products(256, 8, 7168, 2048, 5120)[1] == "64x256x64 g8 w4 s4 DP p2"
     assert products(256, 8, 7168, 2048, 6144)[1] == "128x256x64 g8 w8 s4 DP p2"
-    assert products(128, 4, 2880, 2880, 5120)[1] == "128x256x64 g8 w8 s4 DP p2"
+    # Where columns leave a part of a tile, a tall one and a short one.
+    assert products(128, 4, 2880, 2880, 5120)[1] == "128x256x64 g8 w8 s4 D t64"
+    assert products(128, 4, 2880, 2880, 6144)[1] == "128x256x64 g8 w8 s4 DP p2"
