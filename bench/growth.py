@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import growth_chart, measure, protocol
+from bench import growth_chart, machine, measure, protocol
 from bench.growth_axes import AXES, all_cells, along, fixed, name_of, shape_of
 from bench.peers import base
 from bench.protocol import SHAPES, Shape
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         parts = split(make_options(chosen))
         if not parts:
             parser.error("no such cell: one of tokens, experts and top-k varies at a time")
+        machine.require_gpu()
         with known(shapes):
             if chosen.warm_only:
                 warm_all(parts)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import report
 from bench.protocol import SHAPES, TOKENS
-from bench.results import commits
+from bench.results import Row, commits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -67,10 +68,14 @@ def section(
             cells.append(f"{geomean(found):.2f}" if found else "")
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    ratios = [(r, row["T"]) for row in rows if (r := report._best_speedup(row)) is not None]
-    slower = [(r, t) for r, t in ratios if r < 1]
-    large = sum(1 for _, t in slower if t >= 2048)
-    worst = 1 / min(r for r, _ in ratios) - 1
+    slower = [row for row in rows if (r := report._best_speedup(row)) is not None and r < 1]
+    large = sum(row["T"] >= 2048 for row in slower)
+    cost = invariant["meta"]["batch_invariant_over_default"]
+    routings = list(dict.fromkeys(row["routing"] for row in invariant["rows"]))
+    calls = ", ".join(dict.fromkeys(row["shape"] for row in host["rows"]))
+    counts = ", ".join(dict.fromkeys(str(row["T"]) for row in host["rows"]))
+    # Listed cells may stand beside, as neighbours of the same run.
+    other = [r for r in unseen["rows"] if r["shape"] not in SHAPES or r["T"] not in TOKENS]
     costs = sorted(float(v["us"]) for v in _host_values(host, "tilewise"))
     vllm = sorted(float(v["us"]) for v in _host_values(host, "vllm"))
     lines += [
@@ -78,40 +83,58 @@ def section(
         "A whole vLLM 0.24 engine, random weights, CUDA graphs, ms a decode step with the "
         "plug-in and "
         "without:",
-        f"{_engine_steps(engine)} (`python -m bench.vllm_engine`, "
+        f"{_engine_steps(engine)} (`{_command('vllm_engine', 'vllm_smoke')}`, "
         f"{' and '.join(sorted({document['meta']['commit'] for document in engine.values()}))}).",
         "",
-        f"**Where we lose:** some peer is faster in {len(slower)} of {len(rows)} cells, "
-        f"{large} of them at 2048 tokens and more, by up to {worst:.0%}.",
-        "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`. "
-        f"{_outside(unseen)} (`python -m bench.unseen report`).",
-        f"CPU time of a call alike to an earlier one: {costs[0]:.0f} to {costs[-1]:.0f} µs, "
-        f"vLLM's {vllm[0]:.0f} to "
-        f"{vllm[-1]:.0f} µs (`python -m bench.host_cost`). `batch_invariant=True` costs "
-        f"{invariant['meta']['batch_invariant_over_default']['all'] - 1:.0%} over all cells, "
-        f"{invariant['meta']['batch_invariant_over_default']['1'] - 1:.0%} at one token "
-        "(`python -m bench.batch_invariant`).",
+        f"**Where we lose:** some peer is faster in {_losses(rows)}; {large} at 2048 "
+        "tokens and more.",
+        "By rounds is the median of each round's ratio, by time the ratio of the medians that "
+        "the tables show. Each round starts with another library; the first, on a cold machine, "
+        "with Tilewise, at an advantage.",
+        f"Shapes outside the list: {_losses([r for r in other if r['shape'] not in SHAPES])}. "
+        f"Other token counts: {_losses([r for r in other if r['shape'] in SHAPES])} "
+        f"(`{_command('unseen', 'bf16_unseen')}`).",
+        "Every cell: `python -m bench report bench/results/h200_bf16_moe.json`. What was "
+        "tried: [docs/performance.md](docs/performance.md).",
+        f"CPU time of a call alike to an earlier one, {calls} at {counts} tokens: {costs[0]:.0f} "
+        f"to {costs[-1]:.0f} µs, vLLM's {vllm[0]:.0f} to {vllm[-1]:.0f} µs "
+        f"(`{_command('host_cost')}`). `batch_invariant=True` costs {cost['all'] - 1:.0%} over "
+        f"{len(invariant['rows'])} cells, {len(routings)} routings ({', '.join(routings)}), "
+        f"{cost['1'] - 1:.0%} at one token (`{_command('batch_invariant')}`).",
         f"torch {meta['torch']}, Triton {meta['triton']}; commits: {commits(meta, rows)} "
-        f"for the layer, {host['meta']['commit']} for CPU time, {invariant['meta']['commit']} for "
-        "batch invariance. vLLM "
-        f"against itself differed by {_noise(meta)}.",
+        f"for the layer, {commits(unseen['meta'], other)} outside the list, "
+        f"{host['meta']['commit']} for CPU time, {invariant['meta']['commit']} for "
+        f"batch invariance. vLLM against itself differed by {_noise(meta)}.",
     ]
     return "\n".join(lines)
 
 
-def _outside(unseen: dict[str, Any]) -> str:
-    """Losses at sizes outside the list: of shapes, and of token counts."""
-    said = []
-    # Listed cells may stand beside, as neighbours of the same run.
-    cells = [r for r in unseen["rows"] if r["shape"] not in SHAPES or r["T"] not in TOKENS]
-    for title, inside in (("shapes outside the list", False), ("other token counts", True)):
-        rows = [row for row in cells if (row["shape"] in SHAPES) is inside]
-        ratios = [r for row in rows if (r := report._best_speedup(row)) is not None]
-        lost = [r for r in ratios if r < 1]
-        said.append(
-            f"{title}: {len(lost)} of {len(ratios)} cells, by up to {1 / min(ratios) - 1:.0%}"
-        )
-    return "; ".join(said).capitalize()
+def _command(program: str, results: str = "") -> str:
+    """What prints the numbers of a results file, without a GPU."""
+    return f"python -m bench.{program} report bench/results/h200_{results or program}.json"
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """In how many cells some peer is faster, by how much at most, which ones, in which routing."""
+    by_rounds, by_time = [], []
+    winners: Counter[str] = Counter()
+    hot = 0
+    for row in rows:
+        rival, speed = report.best_rival(row), report._best_speedup(row)
+        if rival is None or speed is None:
+            continue
+        by_rounds.append(speed)
+        by_time.append(rival[1] / row["peers"][report.OURS]["us"])
+        if speed < 1:
+            winners[NAMES.get(rival[0], rival[0]).partition(",")[0]] += 1
+            hot += row["routing"] == "hot"
+    lost = winners.total()
+    named = ", ".join(f"{name} in {count}" for name, count in winners.most_common())
+    return (
+        f"{lost} of {len(by_rounds)} cells by rounds, by up to {1 / min(by_rounds) - 1:.0%} "
+        f"({sum(ratio < 1 for ratio in by_time)} by time, by up to {1 / min(by_time) - 1:.0%}): "
+        f"{named}; {hot} of the {lost} with few experts (`hot`)"
+    )
 
 
 def _engine_steps(engine: dict[str, Any]) -> str:

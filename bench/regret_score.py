@@ -2,8 +2,9 @@
 
 ``python -m bench.regret_score FILE --extra FILE2`` fits on the rows marked "fit" of both, chooses
 by every policy, and adds "chosen", "summary" and the times of fitting to the first; rows of the
-second marked "design" are summed up too. A regret is
-cross-validated: the oracle is picked on one half of the samples, both are judged on the other.
+second marked "design" are summed up too. The second is ``results/h200_profile.json`` if none is
+named; ``--extra none`` fits on the first alone. A regret is cross-validated: the oracle is picked
+on one half of the samples, both are judged on the other.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from tilewise.target import Target
 from tilewise.tune import fit, measure
 
 Policy = Callable[[Row], KernelConfig]
+STATIC = "tilewise_static"
 COUNTED = "tilewise_dynamic"  # Its times hold the launch that had nothing to do.
 TARGET = Target.from_arch("sm_90")
+EXTRA = OUT.parent / "h200_profile.json"
 
 
 def gemm_of(row: Row) -> GroupedGemm:
@@ -179,9 +182,7 @@ def policies(
 
     chosen = {
         "tilewise_model": model,
-        "tilewise_static": lambda row: robust(
-            shipped[row["stage"]], bucketed(gemm_of(row)), TARGET
-        ),
+        STATIC: lambda row: robust(shipped[row["stage"]], bucketed(gemm_of(row)), TARGET),
         COUNTED: dynamic,
         "uniform_static": uniform,
         "ramp": ramp(rows, relative=False),
@@ -222,19 +223,17 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
         took = {policy: one["us_net"] for policy, one in row["chosen"].items()}
         band = "T<=32" if row["T"] <= 32 else "T<=512" if row["T"] <= 512 else "T>512"
         for key in (row["routing"], band, "all"):
-            if row["split"] == "held_out" and set(took) >= {"tilewise_static", COUNTED}:
+            if row["split"] == "held_out" and set(took) >= {STATIC, COUNTED}:
                 gain = took["uniform_static"] / took["tilewise_model"]
                 gains.setdefault(f"model over uniform static, {key}", []).append(gain)
-                gain = took["tilewise_static"] / took["tilewise_model"]
+                gain = took[STATIC] / took["tilewise_model"]
                 gains.setdefault(f"model over robust static, {key}", []).append(gain)
-                gain = took["tilewise_static"] / took[COUNTED]
+                gain = took[STATIC] / took[COUNTED]
                 gains.setdefault(f"dynamic over robust static, {key}", []).append(gain)
-        if {"rule", "tilewise_static"} <= set(took) and took["tilewise_static"] > 1.01 * took[
-            "rule"
-        ]:
+        if {"rule", STATIC} <= set(took) and took[STATIC] > 1.01 * took["rule"]:
             slower.append(
                 {key: row[key] for key in ("shape", "stage", "T", "routing", "split")}
-                | {"over_rule": round(took["tilewise_static"] / took["rule"], 3)}
+                | {"over_rule": round(took[STATIC] / took["rule"], 3)}
             )
     for row in (in_space(row) for row in extra if row["split"] == "design"):
         for policy, choose in chosen_by.items():
@@ -249,6 +248,8 @@ def score(data: dict[str, Any], extra: Sequence[Row] = ()) -> dict[str, Any]:
     }
     timed = {identity(row): row for row in [*map(in_space, extra), *rows]}
     data["one_for_all"] = quantiles(one_for_all(list(timed.values())))
+    shipped = one_for_all(list(timed.values()), chosen_by[STATIC])
+    data["one_for_all_static"] = quantiles(shipped)
     data["configs_per_stage"] = {
         stage: max(len(r["times_us"]) for r in rows if r["stage"] == stage)
         for stage in measure.STAGES
@@ -270,11 +271,12 @@ def relative(row: Row, pick: int, half: int) -> dict[str, float]:
     return {name: halves[half] / times[best][half] for name, halves in times.items()}
 
 
-def one_for_all(rows: Sequence[Row]) -> list[float]:
-    """Regrets of the configuration that is best for all routings of a product and token count.
+def one_for_all(rows: Sequence[Row], policy: Policy | None = None) -> list[float]:
+    """Regrets of one configuration for all routings of a product and token count.
 
-    What no choice without the histogram can undercut, in cases timed with two routings and more:
-    picked by the times themselves, on one half of the samples, and judged on the other.
+    In cases timed with two routings and more. Without a policy the best one, picked by the times
+    themselves on one half of the samples and judged on the other, which no choice without the
+    histogram can undercut. A policy that looks at the histogram chooses by the first routing's.
     """
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -284,10 +286,11 @@ def one_for_all(rows: Sequence[Row]) -> list[float]:
         if len(of_case) < 2:
             continue
         shared = set.intersection(*(set(row["times_us"]) for row in of_case))
-        for pick, judge in ((0, 1), (1, 0)):
+        wanted = shared if policy is None else {policy(of_case[0]).name} & shared
+        for pick, judge in ((0, 1), (1, 0)) if wanted else ():
             # Of each routing the times over the fastest one's, by either half.
             over = [[relative(row, pick, half) for row in of_case] for half in (pick, judge)]
-            totals = {name: sum(one[name] for one in over[0]) for name in shared}
+            totals = {name: sum(one[name] for one in over[0]) for name in wanted}
             # By name where two tie: a set's order differs from process to process.
             chosen = min(sorted(totals), key=totals.__getitem__)
             found.append(statistics.fmean(one[chosen] for one in over[1]) - 1)
@@ -316,7 +319,7 @@ def beside(folder: Path) -> dict[str, Any]:
     }
 
 
-def print_worst(rows: Sequence[Row], policy: str = "tilewise_static", count: int = 5) -> None:
+def print_worst(rows: Sequence[Row], policy: str = STATIC, count: int = 5) -> None:
     """The rows held out that a policy loses most on, and what the full space loses there."""
     ranked = []
     for row in map(in_space, rows):
@@ -332,7 +335,12 @@ def print_worst(rows: Sequence[Row], policy: str = "tilewise_static", count: int
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.regret_score")
     parser.add_argument("file", type=Path, nargs="?", default=OUT)
-    parser.add_argument("--extra", type=Path, help="more rows to fit on, not scored")
+    parser.add_argument(
+        "--extra",
+        type=lambda text: None if text == "none" else Path(text),
+        default=EXTRA,
+        help="more rows to fit on, not scored; none: no more (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="where to write the file with its scores")
     options = parser.parse_args()
     keys = (*TIMED, "stage")
@@ -349,6 +357,7 @@ def main() -> None:
     for key, value in data["summary"]["gain"].items():
         print(f"{key}: {value:.3f}")
     print(f"the best one for all routings of a case: {data['one_for_all']}")
+    print(f"{STATIC} for all routings of a case: {data['one_for_all_static']}")
     print(f"noise floor {data['noise_floor']}, refit {data['refit_s']} s")
     print_worst(data["rows"])
     slower = data["summary"]["static_slower_than_rule"]

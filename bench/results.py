@@ -80,7 +80,7 @@ def load(
     Args:
         keys: what every row must have.
         routings: the names a row's routing may have; any if None.
-        entry: what some row's peer must have, where other files have the same keys.
+        entry: what some row's peer must have or be, where other files have the same keys.
     """
     if not path.exists():
         parser.error(f"{path} does not exist")
@@ -94,8 +94,9 @@ def load(
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         parser.error(f"{path} holds no rows")
     lacking = [key for key in keys if any(key not in row for row in rows)]
-    if entry and not any(entry in peer for row in rows for peer in row.get("peers", {}).values()):
-        lacking.append(f"{entry} of any peer")
+    peers = (one for row in rows for one in row.get("peers", {}).items())
+    if entry and not any(entry == name or entry in peer for name, peer in peers):
+        lacking.append(f"{entry} among the peers")
     if lacking:
         parser.error(
             f"{path} holds other rows, without {', '.join(lacking)}: bench/README.md lists the "

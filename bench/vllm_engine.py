@@ -9,6 +9,8 @@ none of our kernels may have been compiled once the engine was up.
 Commands, on a machine with a GPU:
     python -m bench.vllm_engine --unpack            # .peers/vllm.tar.xz.part* -> --site, once
     python -m bench.vllm_engine --model qwen3-30b-a3b
+Anywhere:
+    python -m bench.vllm_engine report FILE         # the plug-in's times by model and batch
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -490,7 +493,41 @@ def judge(runs: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     return report, problems
 
 
-def main() -> int:
+def print_report(arguments: Sequence[str]) -> None:
+    """Prints the times of a results file, with the plug-in and without, as Markdown."""
+    from bench.report import Table, show
+
+    parser = argparse.ArgumentParser(prog="python -m bench.vllm_engine report")
+    parser.add_argument("file", type=Path, nargs="?", default=OUTPUT)
+    path = parser.parse_args(arguments).file
+    body, lines = [], []
+    try:
+        for model, entry in json.loads(path.read_text()).items():
+            on, off = (entry["runs"][mode] for mode in ("on", "off"))
+            times = {
+                f"decode, batch {batch}": (ms, off["step_ms"][batch])
+                for batch, ms in on["step_ms"].items()
+            }
+            times["prefill, 4 x 2048 tokens"] = on["prefill_8192_ms"], off["prefill_8192_ms"]
+            for step, (ours, theirs) in times.items():
+                numbers = [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.3f}"]
+                body.append([model, step, *numbers])
+            meta = entry["meta"]
+            versions = f"vLLM {meta['vllm']}, torch {meta['torch']}, triton {meta['triton']}"
+            lines.append(f"{model}: {meta['hardware']}, {versions}, commit {meta['commit']}")
+            lines += [f"{model}: {problem}" for problem in entry["problems"]]
+    except OSError as error:
+        parser.error(f"{path} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        parser.error(f"{path} holds no engine's times: bench/README.md lists the files")
+    header = ["model", "step", "with the plug-in, ms", "without, ms", "without over with"]
+    show([Table("A whole vLLM engine, random weights", header, body)], lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["report"]:
+        print_report(arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     scratch = Path(tempfile.gettempdir())
     parser.add_argument("--unpack", action="store_true", help="unpack vLLM and stop")
@@ -506,7 +543,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--child-options", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.unpack:
         unpack(options.site, options.parts)
         return 0
@@ -566,4 +603,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -125,6 +125,9 @@ def moe_shape(name: str) -> MoEShape:
     """
     if not isinstance(name, str):
         raise TypeError(f"a model's name is a string, got {name!r}; known: {', '.join(MODELS)}")
+    if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){3}", name):
+        sizes = ", ".join(str(int(size)) for size in name.split(","))
+        raise ValueError(f"{name!r} are sizes and no model's name: use MoEShape({sizes})")
     match = _NAME.fullmatch(name.lower().rpartition("/")[2])
     base, suffix = match.groups(default="") if match else (name, "")
     known = ALIASES.get(base, base)

@@ -61,12 +61,15 @@ class Target:
 
         Args:
             arch: "sm_90", "gfx942", ..., or the name of a chip that has it, "h100"; an entry's
-                sizes and rates are those of the first chip in `CHIPS`.
+                sizes and rates are those of the first chip in `CHIPS`. "cpu": no accelerator.
         """
-        key = _SPELLINGS.get(_plain(arch), "")
+        name = plain_name(arch)
+        if name == CPU.arch:
+            return CPU
+        key = _SPELLINGS.get(name, "")
         if not key:
             known = ", ".join(f"{name} ({', '.join(chips)})" for name, chips in CHIPS.items())
-            raise ValueError(f"unknown architecture {arch!r}; known: {known}")
+            raise ValueError(f"unknown architecture {arch!r}; known: {known}, cpu")
         return CATALOGUE[key]
 
     @staticmethod
@@ -128,13 +131,13 @@ CHIPS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _plain(arch: str) -> str:
+def plain_name(arch: str) -> str:
     """Without case and separators, and without what compilers add: "sm_90a" is "sm90"."""
     name = re.sub(r"[\s_-]", "", str(arch).lower().partition(":")[0])
     return re.sub(r"^(sm\d+)[af]$", r"\1", name)
 
 
-_SPELLINGS = {_plain(name): arch for arch in CATALOGUE for name in (arch, *CHIPS[arch])}
+_SPELLINGS = {plain_name(name): arch for arch in CATALOGUE for name in (arch, *CHIPS[arch])}
 
 
 def _device_index(device: torch.device | str | int | None) -> int | None:

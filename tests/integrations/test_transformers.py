@@ -612,10 +612,28 @@ def test_llama4_blocks_that_run_their_own_code(monkeypatch: pytest.MonkeyPatch) 
     integration._llama4_agrees.cache_clear()
 
 
-@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "a name", None], ids=str)
-def test_models_without_experts_are_refused(model: Any) -> None:
+def test_models_without_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="no experts of transformers found in"):
+        integration.use_tilewise(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("model", "name"), [("Qwen/Q", "'Qwen/Q'"), (None, "name")])
+def test_names_are_no_models(model: Any, name: str) -> None:
+    message = rf"takes a loaded model, got {model!r}: .*from_pretrained\({name}\) loads one"
+    with pytest.raises(TypeError, match=message):
         integration.use_tilewise(model)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error"), [(-1, ValueError), (0, ValueError), ("8", TypeError), (1.5, TypeError)]
+)
+def test_warm_tokens_are_checked_before_anything_is_switched(
+    tokens: Any, error: type[Exception]
+) -> None:
+    model = tiny_model()
+    with pytest.raises(error, match=rf"warm_tokens={tokens!r} must be"):
+        integration.use_tilewise(model, warm_tokens=tokens)
+    assert set(integration.status(model).values()) == {"it is not switched on"}
 
 
 def test_status_says_what_runs_and_why_not() -> None:

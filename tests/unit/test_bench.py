@@ -184,7 +184,7 @@ class TestResults:
     "program",
     [
         *("__main__", "skew", "unseen", "host_cost", "sweep", "batch_invariant", "vllm_engine"),
-        *("select_cost", "tune_cost", "warmup_cost"),
+        *("select_cost", "tune_cost", "warmup_cost", "growth"),
     ],
 )
 def test_without_a_gpu_programs_end_in_one_line(program, monkeypatch, capsys):

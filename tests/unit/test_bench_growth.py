@@ -53,6 +53,7 @@ def cpu(monkeypatch):
         return {"tilewise": base.Peer(prepare, "1.0")}, {n: "no" for n in names if n != "tilewise"}
 
     options = measure.Options
+    monkeypatch.setattr(machine, "require_gpu", lambda: None)
     monkeypatch.setattr(base, "load", load)
     monkeypatch.setattr(measure, "Options", lambda **given: options(**given, device="cpu"))
     monkeypatch.setattr(growth, "shape_of", lambda experts, top_k: Shape(experts, top_k, 16, 8))

@@ -97,7 +97,37 @@ def test_who_reads_a_report_may_leave_early() -> None:
         assert program.wait() == 0
 
 
-@pytest.mark.parametrize("program", COSTS)
+def test_report_of_batch_invariance(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import batch_invariant
+
+    batch_invariant.main(["report"])
+    printed = capsys.readouterr().out
+    document = json.loads(batch_invariant.OUT.read_text())
+    costs = document["meta"]["batch_invariant_over_default"]
+    for name, cost in costs.items():
+        assert re.search(rf"\| {name} \| \d+ \| {cost:.3f} \| [\d.]+ \|", printed)
+    assert f"{len(document['rows'])} cells, routings uniform, hot" in printed
+
+
+def test_report_of_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import vllm_engine
+
+    vllm_engine.main(["report"])
+    printed = capsys.readouterr().out
+    for model, entry in json.loads(vllm_engine.OUTPUT.read_text()).items():
+        on, off = (entry["runs"][mode]["step_ms"] for mode in ("on", "off"))
+        for batch in on:
+            line = f"| {model} | decode, batch {batch} | {on[batch]:.2f} | {off[batch]:.2f} |"
+            assert line in printed
+    other = tmp_path / "r.json"
+    for text in ('{"rows": []}', "no JSON"):
+        other.write_text(text)
+        with pytest.raises(SystemExit):
+            vllm_engine.main(["report", str(other)])
+        assert "holds no engine's times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [*COSTS, "batch_invariant"])
 def test_reports_of_costs_refuse_other_files(
     program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

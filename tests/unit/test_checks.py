@@ -194,11 +194,38 @@ def test_fused_moe_wants_built_weights() -> None:
         ({"weights": DOWN}, "weights is a Tensor; build it with ExpertWeights.from_gate_up"),
         ({"activation": "swiglu"}, "activation='swiglu' must be a tilewise.Activation: .*relu2"),
         ({"config": "grouped"}, "config='grouped' must be a tilewise.LayerConfig, or None"),
+        ({"reduce": "sum"}, "reduce='sum' must be True or False"),
+        ({"batch_invariant": 3}, "batch_invariant=3 must be True or False"),
+        ({"apply_router_weight_on_input": None}, "_on_input=None must be True or False"),
     ],
 )
 def test_other_types_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         tilewise.fused_experts(**arguments(**changes))
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, True], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("top_k", lambda value: tilewise.route(torch.zeros(T, E), value)),
+        ("num_expert_group",
+         lambda value: tilewise.route(torch.zeros(T, E), K, num_expert_group=value, topk_group=1)),
+        ("topk_group",
+         lambda value: tilewise.route(torch.zeros(T, E), K, num_expert_group=2, topk_group=value)),
+        ("num_experts", lambda value: tilewise.plan(IDS, value)),
+        ("num_local_experts", lambda value: tilewise.plan(IDS, E, num_local_experts=value)),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_sizes_are_integers(name: str, call: Any, value: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name}={value!r} must be an integer"):
+        call(value)
+
+
+def test_renormalize_is_no_number() -> None:
+    with pytest.raises(TypeError, match="renormalize=1 must be True or False"):
+        tilewise.route(torch.zeros(T, E), K, renormalize=1)  # type: ignore[arg-type]
 
 
 def test_modules_want_a_shape() -> None:

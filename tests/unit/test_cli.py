@@ -182,9 +182,15 @@ def test_explain() -> None:
 def test_explain_takes_a_chip() -> None:
     result = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--arch", "h100"])
     assert result.exit_code == 0, result.output
-    assert "sm_90: sizes and rates are those of the h200" in result.output
+    assert "sm_90: sizes and rates are those of the h200, not of the h100.\n" in result.output
     refused = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--arch", "h300"])
     assert refused.exit_code == 2 and "unknown architecture 'h300'" in refused.output
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm90", "sm_90a", "SM90", "H200"])
+def test_explain_takes_no_spelling_for_another_chip(name: str) -> None:
+    result = RUNNER.invoke(app, ["explain", "qwen3-30b-a3b", "--target", name])
+    assert result.output.startswith("sm_90: sizes and rates are those of the h200.\n")
 
 
 def test_explain_without_a_gpu_names_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +271,7 @@ def test_bench_on_a_cpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "CPU numbers mean nothing" in result.output
+    assert "On a CPU 4096 tokens run as 32." in result.output and "left out" not in result.output
     written = json.loads(out.read_text())
     assert written["meta"]["meaningless"]
     assert [(row["T"], row["routing"]) for row in written["rows"]] == [
@@ -282,10 +289,36 @@ def test_quick_bench_is_a_few_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     out = tmp_path / "r.json"
     command = ["bench", "--quick", "--device", "cpu", "--peers", "torch", "--out", str(out)]
     result = RUNNER.invoke(app, command)
-    assert result.exit_code == 0 and "left out" not in result.output, result.output
+    said = result.output.splitlines()
+    assert result.exit_code == 0 and "On a CPU 64, 4096 tokens run as 32." in said, result.output
+    assert said[-1] == "--quick left out: 8, 512 tokens; 2 of 3 rounds"
     written = json.loads(out.read_text())
     assert [row["T"] for row in written["rows"]] == [1, 32] and "left_out" not in written["meta"]
     assert all(len(row["peers"]["torch"]["us_rounds"]) == 1 for row in written["rows"])
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [(["--rounds", "2"], "8, 512 tokens"), (["--tokens", "1,8"], "2 of 3 rounds"),
+     (["--rounds", "3", "--tokens", bench.TOKENS], None)],
+    ids=str,
+)  # fmt: skip
+def test_quick_bench_keeps_what_is_given(
+    given: list[str], left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: dict[str, Any] = {}
+
+    def measure(console: Any, cells: Any, dtype: Any, peers: Any, rounds: int, *_: Any) -> Any:
+        measured.update(rounds=rounds, tokens={cell[2] for cell in cells})
+        return {"rows": []}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = RUNNER.invoke(app, ["bench", "--quick", "--device", "cpu", *given])
+    assert result.exit_code == 0, result.output
+    assert measured["rounds"] == (int(given[1]) if "--rounds" in given else 1)
+    assert (8 in measured["tokens"]) == ("--tokens" in given)
+    last = result.output.splitlines()[-1]
+    assert last == f"--quick left out: {left}" if left else "left out" not in result.output
 
 
 def test_quick_bench_stops_and_says_what_it_left(

@@ -55,6 +55,7 @@ H200, RTX, MI300 = (Target.from_arch(a) for a in ("sm_90", "sm_89", "gfx942"))
         ({"block_n": 4}, "block_n=4 must be at least 16"),
         ({"block_k": 8}, "block_k=8 must be at least 16"),
         ({"group_m": 0}, "group_m=0 must be at least 1"),
+        ({"group_m": 2**30}, "group_m=1073741824 must be at most 1024"),
         ({"num_stages": 0}, "num_stages=0 must be at least 1"),
         ({"occupancy": 0}, "occupancy=0 must be at least 1"),
         ({"split_k": 0}, "split_k=0 must be at least 1"),
@@ -87,6 +88,8 @@ def test_kernel_config_refuses(changes: dict[str, Any], message: str) -> None:
 def test_stream_config_refuses(values: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(*values)
+    with pytest.raises(TypeError, match=r"block_n=4.0 must be of type int"):
+        StreamConfig(4.0, 512)  # type: ignore[arg-type]
 
 
 def test_kernel_config_round_trip() -> None:
@@ -342,6 +345,33 @@ def test_layer_config_refuses() -> None:
         LayerConfig.from_json("{}")
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"fusd": True}, ValueError, r"unknown fields \['fusd'\]; a LayerConfig has .*'fused'"),
+        ({"path": "fast"}, ValueError, "path='fast' must be one of"),
+        ({"path": ["grouped"]}, ValueError, r"path=\['grouped'\] must be one of"),
+        ({"gate_up": {"foo": 1}}, ValueError, r"unknown fields \['foo'\]; a KernelConfig has"),
+        (
+            {"gate_up": {"block_m": 16}},
+            ValueError,
+            r"KernelConfig has \['block_n', 'block_k'\] too",
+        ),
+        ({"gate_up": 3}, TypeError, "a KernelConfig is a JSON object, got 3"),
+        ({"down_few": {"up_to": 1}}, ValueError, r"a FewActive has \['config'\] too"),
+    ],
+)
+def test_json_that_is_no_layer_config(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    config = KernelConfig(16, 32, 32)
+    values = json.loads(LayerConfig("grouped", config, config).to_json()) | change
+    with pytest.raises(error, match=message):
+        LayerConfig.from_json(json.dumps(values))
+    with pytest.raises(TypeError, match=r"a LayerConfig is a JSON object, got \[\]"):
+        LayerConfig.from_json("[]")
+
+
 def test_given_schedule_takes_what_can_run() -> None:
     assert given_schedule(GROUPED.to_json(), problem(33), H200) == GROUPED
     assert given_schedule(DECODE.to_json(), problem(1), H200) == DECODE
@@ -414,6 +444,7 @@ def test_every_architecture_has_chips_and_no_chip_has_two() -> None:
 
 def test_probe_without_an_accelerator() -> None:
     assert Target.probe("cpu") is CPU
+    assert Target.from_arch("cpu") is CPU and Target.from_arch("CPU") is CPU
 
 
 def test_rules_of_many_rows_an_expert() -> None:

@@ -145,7 +145,7 @@ def test_sharing_is_reported_where_it_happens() -> None:
 
 def test_the_text_says_the_numbers() -> None:
     text = str(explain(MIXTRAL, 512, target=H200))
-    assert "grouped on sm_90 (fitted costs)" in text
+    assert f"grouped on sm_90 (gate+up: {RULED}; down: fitted costs)" in text
     fused = str(explain(MIXTRAL, 300, target=H200))
     assert "grouped on sm_90 (closed form for both products in one launch)" in fused
     assert "(closed form)" in str(explain(MIXTRAL, 512, target=Target.from_arch("sm_89")))
@@ -153,6 +153,23 @@ def test_the_text_says_the_numbers() -> None:
     assert re.search(r"activations \d+\.\d MB, (3[5-9]|[4-9]\d)% less than unfused", text)
     assert "360.8 GFLOP" in text
     assert re.search(r"floor +\d+\.\d us at nominal rates", text)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "source"),
+    [
+        # The rule shares reductions there, which batch-invariant calls don't.
+        (MoEShape(128, 8, 4096, 192), 4, RULED),
+        (MIXTRAL, 4, f"gate+up: {RULED}; down: fitted costs"),
+        # Of one bucket, at whose largest count costs are compared with the rule.
+        *((MIXTRAL, tokens, RULED) for tokens in (1803, 1900, 1951)),
+    ],
+)
+def test_each_product_has_its_source(
+    shape: MoEShape, tokens: int, source: str, batch_invariant: bool
+) -> None:
+    assert explain(shape, tokens, target=H200, batch_invariant=batch_invariant).source == source
 
 
 def test_no_kernel_is_told_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +187,13 @@ NONSENSE: list[tuple[type[Exception], dict[str, Any], str]] = [
     (TypeError, {"num_tokens": "64"}, "num_tokens='64' must be an integer"),
     (TypeError, {"num_tokens": None}, "num_tokens=None must be an integer"),
     (TypeError, {"shape": "mixtral-8x7b"}, "shape='mixtral-8x7b' must be a tilewise.MoEShape"),
-    (ValueError, {"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16"),
+    (TypeError, {"num_tokens": True}, "num_tokens=True must be an integer"),
+    (TypeError, {"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16.*, got a str"),
     (ValueError, {"dtype": torch.int8}, "dtype=torch.int8 must be"),
     (TypeError, {"activation": "silu"}, "activation='silu' must be a tilewise.Activation"),
     (TypeError, {"config": "decode"}, "config='decode' must be a tilewise.LayerConfig"),
+    (TypeError, {"reduce": "sum"}, "reduce='sum' must be True or False"),
+    (TypeError, {"batch_invariant": "no"}, "batch_invariant='no' must be True or False"),
     (TypeError, {"target": "sm_90"}, r"target='sm_90' must be .*from_arch\('sm_90'\)"),
 ]
 
@@ -193,6 +213,9 @@ def test_explain_refuses_an_empty_call() -> None:
     for active in (-1, 9):
         with pytest.raises(ValueError, match=rf"active_experts={active} must be between 0 and .*8"):
             explain(MIXTRAL, 4, target=H200, active_experts=active)
+    for other in ("8", True):
+        with pytest.raises(TypeError, match=f"active_experts={other!r} must be a number between"):
+            explain(MIXTRAL, 4, target=H200, active_experts=other)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- workspace_size

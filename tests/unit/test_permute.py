@@ -97,4 +97,4 @@ def test_explain_counts_the_copy() -> None:
     assert copied[0] - gathered[0] == 2 * (4096 * 2) * 4096 * 2  # Written and read.
     assert "rows        copied in expert order first" in copied[1]
     assert "copied" not in gathered[1]
-    assert "(closed form for rows copied in expert order)" in told(None)[1]
+    assert "(gate+up: closed form for rows copied in expert order; down: " in told(None)[1]

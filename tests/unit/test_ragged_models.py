@@ -108,6 +108,8 @@ def test_names_that_are_near_or_none() -> None:
             moe_shape(name)
     with pytest.raises(TypeError, match="a model's name is a string, got 3"):
         moe_shape(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"are sizes .*: use MoEShape\(64, 6, 2048, 1408\)"):
+        moe_shape("64,6, 2048,1408")
 
 
 def test_shapes_refuse() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tilewise.tune import fit, measure
 
 H200 = Target.from_arch("sm_90")
 SHORT = KernelConfig(16, 64, 128, num_stages=4, descriptors=True)
+PROFILE = Path(regret_score.__file__).parent / "results" / "h200_profile.json"
 TALL = KernelConfig(128, 128, 64, num_warps=8, num_stages=4, descriptors=True)
 
 
@@ -75,6 +78,11 @@ def test_one_for_all_routings_by_hand() -> None:
     # "a" loses 0 and 100%, "b" 30% and 0, "c" 10% twice: on either half.
     assert regret_score.one_for_all([uniform, hot]) == pytest.approx([0.1, 0.1])
     assert regret_score.one_for_all([uniform]) == []
+    # A choice is judged over the same cases, and left out where it was not timed.
+    for name, lost in (("b", [0.15, 0.15]), ("d", [])):
+        config = SimpleNamespace(name=name)
+        found = regret_score.one_for_all([uniform, hot], lambda row, one=config: one)
+        assert found == pytest.approx(lost)
     # Picked by the first half, judged by the second, where "c" is slow.
     hot["times_us"]["c"] = [11.0, 15.0]
     first, second = regret_score.one_for_all([uniform, hot])
@@ -157,3 +165,18 @@ def test_what_left_the_space_is_not_scored() -> None:
     row["times_us"][gone] = [0.1, 0.1]
     left = regret_score.in_space(row)["times_us"]
     assert gone not in left and SHORT.name in left and gone in row["times_us"]
+
+
+def test_what_is_documented_is_scored_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows to fit on are those of the profile, unless they are switched off by name."""
+    seen = []
+    rows = {"rows": [{"file": "profile"}]}
+    monkeypatch.setattr(
+        regret_score, "load", lambda parser, path, keys: rows if path == PROFILE else {"rows": []}
+    )
+    monkeypatch.setattr(regret_score, "score", lambda data, extra: seen.append(extra) or 1 / 0)
+    for arguments in ([], ["--extra", str(PROFILE)], ["--extra", "none"]):
+        monkeypatch.setattr(sys, "argv", ["regret_score", *arguments])
+        with pytest.raises(ZeroDivisionError):
+            regret_score.main()
+    assert seen == [rows["rows"], rows["rows"], []]

@@ -362,14 +362,36 @@ def test_files_that_cannot_speak_are_ignored(
         path.with_name("b.json"): ("{", "is no profile"),
         path.with_name("c.json"): (json.dumps({"key": {}, "table": {}}), "is no profile"),
         path.with_name("d.json"): (json.dumps({"key": values["key"], "table": None}), ""),
+        path.with_name("e.json"): ('{"rows": []}', "it has no key and no table"),
     }
+    strange = {"shape": [64, "8", 2048, 1024]}, {"shape": [64, 8]}, {"dtype": "fp32"}
+    for letter, key, message in zip(
+        "fgh", strange, ["not four whole numbers"] * 2 + ["its dtype is 'fp32'"], strict=True
+    ):
+        text = json.dumps(values | {"key": values["key"] | key})
+        bad[path.with_name(f"{letter}.json")] = (text, message)
     for file, (text, _) in bad.items():
         file.write_text(text)
     installed()
     with caplog.at_level(logging.WARNING, "tilewise"):
         assert choose(gate_up(128), H200) != FAST
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 7
     assert all(message in caplog.text for _, message in bad.values())
+
+
+def test_a_folder_that_cannot_be_read_holds_no_profile(
+    installed: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def denied(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    installed()
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with caplog.at_level(logging.WARNING, "tilewise"):
+        assert choose(gate_up(128), H200) != FAST
+    assert "cannot be read, no profile is used" in caplog.text
 
 
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

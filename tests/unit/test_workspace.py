@@ -103,23 +103,34 @@ def test_more_rows_than_a_ragged_descriptor_holds_go_by_pointers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0 must be an integer"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"max_tokens": 1.5}, "max_tokens=1.5 must be an integer"),
         ({"dtype": "bf16"}, "dtype='bf16' must be torch.bfloat16"),
         ({"dtype": torch.float8_e4m3fn}, "must be torch.bfloat16"),
         ({"activation": "swiglu"}, "must be a tilewise.Activation"),
         ({"config": "grouped"}, "config='grouped' must be a tilewise.LayerConfig"),
+        ({"max_tokens": "64"}, "max_tokens='64' must be an integer"),
+        ({"topk_ids_dtype": torch.int16}, "=torch.int16 must be torch.int32 or torch.int64"),
+        ({"topk_weights_dtype": torch.float64}, "topk_weights_dtype=torch.float64 must be .*32$"),
+        ({"topk_weights_dtype": "fp32"}, "topk_weights_dtype='fp32' must be .*, got a str"),
+        ({"expert_map": torch.zeros(2)}, "expert_map=tensor.* must be True or False"),
+        ({"reduce": "sum"}, "reduce='sum' must be True or False"),
+        ({"device": "nowhere"}, "device='nowhere' is no device of torch: use \"cuda\""),
     ],
     ids=str,
 )
 def test_warmup_refuses(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    wrong_value = "device" in options or isinstance(*options.values(), (int, torch.dtype))
+    with pytest.raises(ValueError if wrong_value else TypeError, match=message):
         tilewise.warmup(NARROW, **options)
 
 
 def test_warmup_refuses_names_and_machines_that_are_not_there() -> None:
-    with pytest.raises(TypeError, match="takes MoEShapes, got 'q'"):
-        tilewise.warmup("qwen3-30b-a3b")  # type: ignore[arg-type]
+    for shapes in ("olmoe-1b-7b", ["olmoe-1b-7b"]):
+        with pytest.raises(TypeError, match=r"got 'olmoe-1b-7b': .*moe_shape\('olmoe-1b-7b'\)"):
+            tilewise.warmup(shapes)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes MoEShapes, got 3: tilewise.moe_shape\(name\)"):
+        tilewise.warmup(3)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device='cuda': torch .* finds no GPU here"):
             tilewise.warmup(NARROW, device="cuda")

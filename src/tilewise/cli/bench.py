@@ -39,10 +39,12 @@ from .tokens import parse_tokens
 ROUTINGS = ("uniform", "zipf", "hot")
 REPLAY_BYTES = 200e6  # Active weights of one replay: well past any L2.
 TOKENS, QUICK_TOKENS = "1,8,64,512,4096", "1,64,4096"
+ROUNDS, QUICK_ROUNDS = 3, 1
 QUICK_SECONDS = 58.0  # Two more to print in.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # On a CPU every layer shrinks to this, whatever its name: a check that the command works.
 TINY = MoEShape(16, 4, 256, 128)
+TINY_TOKENS = 32
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,13 +55,20 @@ def bench(
     models: Annotated[
         list[str] | None, typer.Argument(help=f"{HELP} Several may be given.")
     ] = None,
-    tokens: str = typer.Option(TOKENS, help="Token counts: integers, with commas."),
+    tokens: str | None = typer.Option(
+        None, show_default=TOKENS, help="Token counts: integers, with commas."
+    ),
     routings: str = typer.Option("uniform", help=f"Of {', '.join(ROUTINGS)}."),
     dtype: str = typer.Option("bf16", help='"bf16" or "fp16".'),
     peers: str = typer.Option("", help="Of vllm, torch, transformers; all that import if empty."),
-    rounds: int = typer.Option(3, min=1, help="Rounds in which all take turns."),
+    rounds: int | None = typer.Option(
+        None, min=1, show_default=str(ROUNDS), help="Rounds in which all take turns."
+    ),
     quick: bool = typer.Option(
-        False, "--quick", help=f"At most 60 s: {QUICK_TOKENS} tokens, one round; says what is left."
+        False,
+        "--quick",
+        help=f"At most 60 s: {QUICK_TOKENS} tokens, one round, where these are not given; says "
+        "what it left out.",
     ),
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, writable=True, help="Write the results as JSON.")
@@ -79,6 +88,7 @@ def bench(
 ) -> None:
     """Time the MoE layer of named models, beside other libraries if they are installed."""
     console = Console(width=None if sys.stdout.isatty() else 140)
+    reduced: list[str] = []
     if out is not None:
         _make_folder("--out", out.parent)
     if charts is not None:
@@ -99,9 +109,19 @@ def bench(
             )
         seconds = math.inf
         if quick:
-            tokens, rounds = QUICK_TOKENS if tokens == TOKENS else tokens, 1
             seconds = QUICK_SECONDS - time.process_time()  # What the imports have taken.
+            if tokens is None:
+                tokens, kept = QUICK_TOKENS, _listed(QUICK_TOKENS)
+                out_of = [count for count in _listed(TOKENS) if count not in kept]
+                reduced.append(f"{', '.join(out_of)} tokens")
+            if rounds is None:
+                rounds = QUICK_ROUNDS
+                reduced.append(f"{ROUNDS - QUICK_ROUNDS} of {ROUNDS} rounds")
+        tokens, rounds = TOKENS if tokens is None else tokens, rounds or ROUNDS
         cells = _cells(models or ["qwen3-30b-a3b"], tokens, routings, device == "cpu")
+        many = [str(n) for n in parse_tokens(tokens) if n > TINY_TOKENS and device == "cpu"]
+        if many:
+            console.print(f"[yellow]On a CPU {', '.join(many)} tokens run as {TINY_TOKENS}.")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}")
         results = measure(console, cells, DTYPES[dtype], peers, rounds, device, seconds)
@@ -115,6 +135,8 @@ def bench(
     if charts is not None and rows:
         for path in draw(results, charts):
             console.print(f"wrote {path}", highlight=False)
+    if reduced:
+        console.print(f"[yellow]--quick left out: {'; '.join(reduced)}", highlight=False)
 
 
 def _make_folder(option: str, folder: Path) -> None:
@@ -142,7 +164,7 @@ def _cells(
     if unknown or not kinds:
         raise typer.BadParameter(f"--routings {routings!r}: use some of {', '.join(ROUTINGS)}")
     if tiny:
-        counts = sorted({min(count, 32) for count in counts})
+        counts = sorted({min(count, TINY_TOKENS) for count in counts})
         shapes = {f"{name} (tiny)": TINY for name in shapes}
     return [
         (name, shape, count, kind)

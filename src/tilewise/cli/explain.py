@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ..target import CHIPS, CPU, Target
+from ..target import CHIPS, Target, plain_name
 from .shapes import HELP, parse_shape
 from .tokens import parse_tokens
 
@@ -36,12 +36,13 @@ def explain(
     counts = parse_tokens(tokens)
     try:
         shape = parse_shape(model)
-        target = _machine(arch)
+        target = Target.from_arch(arch) if arch else Target.probe()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if target.backend != "cpu" and arch:
         modelled = CHIPS[target.arch][0]
-        others = f", not of the {arch}" if arch not in (target.arch, modelled) else ""
+        other = plain_name(arch) in CHIPS[target.arch][1:]  # Not the architecture, as "sm90".
+        others = f", not of the {arch}" if other else ""
         typer.echo(f"{target.arch}: sizes and rates are those of the {modelled}{others}.")
     elif target.backend == "cpu" and not arch:
         target = Target.from_arch(DEFAULT_ARCH)
@@ -60,14 +61,3 @@ def explain(
             shape, count, dtype=dtypes[dtype], batch_invariant=batch_invariant, target=target
         )
         typer.echo(str(call))
-
-
-def _machine(name: str) -> Target:
-    """The machine of a name: "" is the one here, "cpu" any CPU.
-
-    Raises:
-        ValueError: no such machine.
-    """
-    if name.strip().lower() == "cpu":
-        return CPU
-    return Target.from_arch(name) if name else Target.probe()

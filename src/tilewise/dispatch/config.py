@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from ..target import Target
 
 MAX_SHARING = 64  # Programs a multiprocessor whose arrivals are counted.
+MAX_GROUP_M = 1024
 MIN_DOT = 16  # The narrowest side of a matrix instruction that every backend has.
+
+
+def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
+    """A JSON object's fields, refused with the allowed ones where there are others or too few."""
+    if not isinstance(values, dict):
+        raise TypeError(f"a {kind.__name__} is a JSON object, got {values!r}")
+    known = {f.name: f.default is MISSING for f in fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown fields {unknown}; a {kind.__name__} has {sorted(known)}")
+    missing = [name for name, needed in known.items() if needed and name not in values]
+    if missing:
+        raise ValueError(f"a {kind.__name__} has {missing} too, got {sorted(values)}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,8 @@ class KernelConfig:
         for name in ("group_m", "num_stages", "occupancy", "split_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.group_m > MAX_GROUP_M:  # Kernels multiply it with the column tiles in 32 bits.
+            raise ValueError(f"group_m={self.group_m} must be at most {MAX_GROUP_M}")
         if self.tail_m and (
             self.tail_m < MIN_DOT or self.tail_m & (self.tail_m - 1) or self.tail_m >= self.block_m
         ):
@@ -90,11 +107,8 @@ class KernelConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> KernelConfig:
-        known = {f.name for f in fields(KernelConfig)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown fields {unknown}; a KernelConfig has {sorted(known)}")
-        return KernelConfig(**values)
+        """The configuration of a JSON object; ValueError, TypeError: it is none."""
+        return KernelConfig(**_fields_of(KernelConfig, values))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -161,6 +175,12 @@ class FewActive:
             )
         if self.up_to < 1:
             raise ValueError(f"up_to={self.up_to} must be at least 1")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> FewActive:
+        """The choice of a JSON object; ValueError, TypeError: it is none."""
+        given = _fields_of(FewActive, values)
+        return FewActive(KernelConfig.from_dict(given["config"]), given["up_to"])
 
 
 @dataclass(frozen=True)
@@ -280,9 +300,17 @@ class StreamConfig:
     num_stages: int = 1
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if type(getattr(self, field.name)) is not int:
+                raise TypeError(f"{field.name}={getattr(self, field.name)!r} must be of type int")
         for name in ("block_n", "block_k", "num_warps"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two")
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages} must be at least 1")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> StreamConfig:
+        """The configuration of a JSON object; ValueError, TypeError: it is none."""
+        return StreamConfig(**_fields_of(StreamConfig, values))

@@ -99,16 +99,27 @@ def installed() -> tuple[Installed, ...]:
     """Every profile with a table in the folder, by name. What cannot be read is logged."""
     place = folder()
     found = []
-    for path in sorted(place.glob("*.json")) if place is not None and place.is_dir() else ():
+    try:  # A home that belongs to someone else holds no profile of this user's.
+        paths = sorted(place.glob("*.json")) if place is not None and place.is_dir() else []
+    except OSError as error:
+        LOG.warning("%s cannot be read, no profile is used: %s", place, error)
+        return ()
+    for path in paths:
         try:
             values = json.loads(path.read_text())
+            missing = {"key", "table"} - set(values)
+            if missing:
+                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
             key, table = values["key"], values["table"]
             if table is None:  # Not finished.
                 continue
             one = Installed(path, key, table)
             _ = one.stale, key["target"]["arch"], key["target"]["num_sms"]
-            if len(key["shape"]) != 4:
-                raise ValueError(f"its shape is {key['shape']}")
+            shape = key["shape"]
+            if len(shape) != 4 or any(type(size) is not int for size in shape):
+                raise ValueError(f"its shape is {shape}, not four whole numbers")
+            if key["dtype"] != "bf16":
+                raise ValueError(f"its dtype is {key['dtype']!r}, costs are fitted for 'bf16'")
         except (OSError, ValueError, KeyError, TypeError) as error:
             LOG.warning("%s is no profile, it is ignored: %r", path, error)
             continue

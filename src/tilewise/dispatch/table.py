@@ -182,8 +182,9 @@ def profiled(
 def stage_table(gemm: GroupedGemm, target: Target) -> StageTable | None:
     """The costs that speak for a product, or None: other element sizes, layouts and machines.
 
-    A user's profile of exactly this product goes before the table that ships. Both are read once
-    per process, and decisions made from them are kept: a new profile counts from the next start.
+    A user's profile of this product, of whatever top_k, goes before the table that ships. Both are
+    read once per process, and decisions made from them are kept: a new profile counts from the next
+    start.
     """
     if not (target.warpgroup_mma and gemm.descriptors_possible and gemm.itemsize == 2):
         return None

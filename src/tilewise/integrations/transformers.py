@@ -21,6 +21,7 @@ from torch import nn
 
 from ..models import MoEShape
 from ..moe.activation import Activation
+from ..moe.checks import check_tokens
 from ..moe.layer import fused_experts
 from ..moe.warmup import warmup
 from ..moe.weights import ExpertWeights
@@ -61,10 +62,19 @@ def use_tilewise(model: Model, *, warm_tokens: int | None = None) -> Model:
             kernel variant is compiled when a call first needs it.
 
     Raises:
-        ValueError: The model has no experts; or `warm_tokens` for experts whose config does not say
-            how many a token chooses.
+        TypeError: `model` is a name or another thing that is no module; `warm_tokens` no integer.
+        ValueError: The model has no experts; `warm_tokens` is less than 1, or given for experts
+            whose config does not say how many a token chooses.
     """
-    blocks = list(experts_layers(model)) if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        name = f"{model!r}" if isinstance(model, str) else "name"
+        raise TypeError(
+            f"use_tilewise takes a loaded model, got {model!r}: "
+            f"AutoModelForCausalLM.from_pretrained({name}) loads one"
+        )
+    if warm_tokens is not None:
+        check_tokens(warm_tokens, 1, "warm_tokens")  # Before anything is switched.
+    blocks = list(experts_layers(model))
     if not blocks or not hasattr(model, "set_experts_implementation"):
         raise ValueError(
             f"no experts of transformers found in {type(model).__name__}: use_tilewise takes a "

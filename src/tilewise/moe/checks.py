@@ -26,7 +26,11 @@ def check_route_args(
     topk_group: int | None,
     bias_shape: Sequence[int] | None,
 ) -> None:
-    """Raises ValueError unless the routing options fit together."""
+    """Raises ValueError unless the routing options fit together, TypeError for other types."""
+    check_ints(top_k=top_k)
+    for name, groups in (("num_expert_group", num_expert_group), ("topk_group", topk_group)):
+        if groups is not None:
+            check_ints(**{name: groups})
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
     if scoring_func not in SCORING_FUNCS:
@@ -90,18 +94,38 @@ def check_config(config: LayerConfig | None) -> None:
         raise TypeError(f"config={config!r} must be a tilewise.LayerConfig, or None to choose")
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError unless kernels compute in it."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be torch.bfloat16, torch.float16 or torch.float32")
+def check_dtype(
+    dtype: torch.dtype, name: str = "dtype", allowed: Sequence[torch.dtype] = DTYPES
+) -> None:
+    """Raises ValueError unless kernels take it, TypeError for its name."""
+    *first, last = map(str, allowed)
+    words = f"{name}={dtype!r} must be {', '.join(first)} or {last}"
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{words}, got a {type(dtype).__name__}")
+    if dtype not in allowed:
+        raise ValueError(words)
 
 
-def check_num_tokens(num_tokens: int, least: int) -> None:
+def check_bools(**options: object) -> None:
+    """Raises TypeError for 1, "no" and other things that only count as true or false."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
+
+
+def check_ints(**sizes: object) -> None:
+    """Raises TypeError for "4", 4.0 and True."""
+    for name, value in sizes.items():
+        # Sizes of a traced call are symbols.
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}={value!r} must be an integer")
+
+
+def check_tokens(num_tokens: int, least: int, name: str = "num_tokens") -> None:
     """Raises TypeError or ValueError unless so many tokens can be in a call."""
-    if not isinstance(num_tokens, int):
-        raise TypeError(f"num_tokens={num_tokens!r} must be an integer")
+    check_ints(**{name: num_tokens})
     if num_tokens < least:
-        raise ValueError(f"num_tokens={num_tokens} must be at least {least}")
+        raise ValueError(f"{name}={num_tokens} must be at least {least}")
 
 
 def check_target(target: Target | None) -> None:

@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..dispatch.config import KernelConfig
+from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig
 from ..dispatch.rules import rule
-from ..dispatch.select import costs_speak
+from ..dispatch.select import bucketed, costs_speak
 from ..models import MoEShape
 from ..target import Target
 from .activation import SWIGLU, Activation
 from .checks import (
     check_activation,
+    check_bools,
     check_config,
     check_dtype,
-    check_num_tokens,
     check_shape,
     check_target,
+    check_tokens,
 )
 from .plan import plan_ints
 from .schedule import LayerConfig, LayerProblem, layer_config, schedule
@@ -30,14 +31,17 @@ def _check(
     num_tokens: int,
     dtype: torch.dtype,
     activation: Activation,
+    reduce: bool,
+    batch_invariant: bool,
     config: LayerConfig | None,
     target: Target | None,
     least: int,
 ) -> None:
     check_shape(shape)
-    check_num_tokens(num_tokens, least)
+    check_tokens(num_tokens, least)
     check_dtype(dtype)
     check_activation(activation)
+    check_bools(reduce=reduce, batch_invariant=batch_invariant)
     check_config(config)
     check_target(target)
 
@@ -93,7 +97,7 @@ def workspace_size(
     Raises:
         TypeError: an argument of another type. ValueError: a negative count, another dtype.
     """
-    _check(shape, num_tokens, dtype, activation, config, target, least=0)
+    _check(shape, num_tokens, dtype, activation, reduce, batch_invariant, config, target, least=0)
     if num_tokens == 0:
         return 0
     machine = target or Target.probe()
@@ -110,16 +114,39 @@ def _as_run(layer: LayerConfig, gated: bool) -> LayerConfig:
     return replace(layer, gate_up=replace(config, split_k=1))
 
 
-def _source(problem: LayerProblem, layer: LayerConfig, target: Target) -> str:
-    """Where the choice came from: fitted costs, rules that these do not beat, or rules alone."""
-    gemms = problem.gemms()
-    if layer.path != "grouped" or not any(costs_speak(gemm, target) for gemm in gemms):
+def _source(problem: LayerProblem, chosen: LayerConfig, target: Target) -> str:
+    """Where the choice came from, once if both products have it from one place."""
+    if chosen.path != "grouped":
         return "closed form"
-    if layer.fused:
+    if chosen.fused:
         return "closed form for both products in one launch"
-    if layer.permuted:
-        return "closed form for rows copied in expert order"
-    if (layer.gate_up, layer.down) == tuple(rule(gemm, target) for gemm in gemms):
+    same_bits = target.same_bits_any_tile and problem.itemsize == 2
+    gemms = problem.gemms(fixed_batch=problem.batch_invariant and not same_bits)  # As `schedule`.
+    gate_up, down = (
+        _source_of(gemm, config, few, problem.batch_invariant, target)
+        for gemm, config, few in zip(
+            gemms, (chosen.gate_up, chosen.down), (chosen.gate_up_few, chosen.down_few), strict=True
+        )
+    )
+    if chosen.permuted:
+        gate_up = "closed form for rows copied in expert order"
+    return gate_up if gate_up == down else f"gate+up: {gate_up}; down: {down}"
+
+
+def _source_of(
+    gemm: GroupedGemm,
+    config: KernelConfig | StreamConfig,
+    few: FewActive | None,
+    batch_invariant: bool,
+    target: Target,
+) -> str:
+    """One product's: fitted costs, a rule that these do not beat, or a rule alone."""
+    if not costs_speak(gemm, target):
+        return "closed form"
+    ruled = rule(bucketed(gemm), target)  # Costs are compared at the bucket's token count.
+    if batch_invariant:
+        ruled = replace(ruled, split_k=1)
+    if few is None and config == ruled:
         return "closed form, which fitted costs do not beat"
     return "fitted costs"
 
@@ -131,7 +158,7 @@ class Explanation:
     Attributes:
         target: architecture the decision was made for; "cpu" where calls run no kernel.
         config: path and configuration of each product; of no meaning on a CPU.
-        source: where the configuration came from.
+        source: where the configuration came from, for each product where they differ.
         active_experts: experts assumed to be active.
         weight_bytes: weights of the active experts, read once.
         activation_bytes: all other traffic of our kernels.
@@ -213,7 +240,12 @@ def explain(
         TypeError: an argument of another type. ValueError: no tokens, more experts than are, or a
             configuration that cannot run there.
     """
-    _check(shape, num_tokens, dtype, activation, config, target, least=1)
+    _check(shape, num_tokens, dtype, activation, reduce, batch_invariant, config, target, least=1)
+    if active_experts is not None and type(active_experts) not in (int, float):
+        raise TypeError(
+            f"active_experts={active_experts!r} must be a number between 0 and "
+            f"num_experts={shape.num_experts}, or None"
+        )
     if active_experts is not None and not 0 <= active_experts <= shape.num_experts:
         raise ValueError(
             f"active_experts={active_experts} must be between 0 and "
@@ -222,7 +254,8 @@ def explain(
     machine = target or Target.probe()
     problem = _problem(shape, num_tokens, dtype, activation, reduce, batch_invariant)
     given = "" if config is None else config.to_json()
-    layer = _as_run(layer_config(given, problem, machine), activation.is_gated)
+    chosen = layer_config(given, problem, machine)
+    layer = _as_run(chosen, activation.is_gated)
     e, k, h, i = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
     if active_experts is None:
         active_experts = e * (1.0 - (1.0 - k / e) ** num_tokens)
@@ -247,7 +280,7 @@ def explain(
     return Explanation(
         machine.arch,
         layer,
-        "given" if config else _source(problem, layer, machine),
+        "given" if config else _source(problem, chosen, machine),
         active_experts,
         weight_bytes,
         moved,

@@ -12,8 +12,10 @@ from .activation import SWIGLU, Activation
 from .checks import (
     ID_DTYPES,
     check_activation,
+    check_bools,
     check_config,
     check_experts_args,
+    check_ints,
     check_route_args,
     check_shape,
     check_weights,
@@ -56,9 +58,10 @@ def route(
         topk_weights fp32 and topk_ids int32, both [num_tokens, top_k], best first.
 
     Raises:
-        TypeError: something else in a tensor's place.
+        TypeError: an argument of another type.
         ValueError: sizes or options that don't fit together.
     """
+    check_bools(renormalize=renormalize)
     check_tensors(
         ("e_score_correction_bias",), router_logits=router_logits,
         e_score_correction_bias=e_score_correction_bias,
@@ -103,6 +106,9 @@ def plan(
         A `Ragged` of local experts; its sources are assignments, token * top_k + slot, in order.
     """
     check_tensors(("expert_map",), topk_ids=topk_ids, expert_map=expert_map)
+    check_ints(num_experts=num_experts)
+    if num_local_experts is not None:
+        check_ints(num_local_experts=num_local_experts)
     if expert_map is not None and expert_map.shape != (num_experts,):
         raise ValueError(
             f"expert_map must be [num_experts={num_experts}], got {tuple(expert_map.shape)}"
@@ -176,6 +182,11 @@ def fused_experts(
         apply_router_weight_on_input=apply_router_weight_on_input,
     )
     check_config(config)
+    check_bools(
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        reduce=reduce,
+        batch_invariant=batch_invariant,
+    )
     tensors = (
         hidden_states, weights.gate, weights.up, weights.down, topk_weights, topk_ids, expert_map,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from .launch import Overlap, cdiv, launch, next_power_of_two
 SCAN_ASSIGNMENTS = 4096
 LONG_PLAN = 32768  # More ids than this are planned in chunks of twice the size.
 STEP = 32
+MAX_ASSIGNMENTS = 2**31 - 1024  # Kernels count rows in 32 bits, up to the end of a tile.
 
 
 def _padded(size: int) -> int:
@@ -93,6 +94,11 @@ def plan_into(
     """
     top_k = topk_ids.shape[1]
     num_assignments = topk_ids.numel()
+    if num_assignments > MAX_ASSIGNMENTS:
+        raise ValueError(
+            f"topk_ids {tuple(topk_ids.shape)} has {num_assignments} elements, one call takes up "
+            f"to {MAX_ASSIGNMENTS}: split the tokens"
+        )
     num_local = ragged.num_segments
     ids_map = topk_ids if expert_map is None else expert_map
     strides = topk_ids.stride()

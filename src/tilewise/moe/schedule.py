@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
@@ -20,6 +20,15 @@ DECODE_TOP_K = 32
 MAX_GRID_Y = 65535
 # The batch that batch-invariant calls choose for, whatever theirs is: a tile of 64 rows serves all.
 INVARIANT_TOKENS = 512
+
+
+KINDS: dict[str, Any] = {"decode": StreamConfig, "grouped": KernelConfig}  # Of both products.
+
+
+def _known_path(path: str) -> str:
+    if not isinstance(path, str) or path not in KINDS:
+        raise ValueError(f"path={path!r} must be one of {sorted(KINDS)}")
+    return path
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,11 @@ class LayerConfig:
     permuted: bool = False
 
     def __post_init__(self) -> None:
-        kinds = {"decode": StreamConfig, "grouped": KernelConfig}
-        if self.path not in kinds:
-            raise ValueError(f"path={self.path!r} must be one of {sorted(kinds)}")
+        kind = KINDS[_known_path(self.path)]
         for name in ("gate_up", "down"):
-            if not isinstance(getattr(self, name), kinds[self.path]):
-                raise TypeError(f"path={self.path!r} takes a {kinds[self.path].__name__}: {name}")
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                raise TypeError(f"path={self.path!r} takes a {kind.__name__}: {name}={given!r}")
             few = getattr(self, f"{name}_few")
             if few is not None and not isinstance(few, FewActive):
                 raise TypeError(f"{name}_few={few!r} must be a FewActive or None")
@@ -89,20 +97,24 @@ class LayerConfig:
 
     @staticmethod
     def from_json(text: str) -> LayerConfig:
-        values: dict[str, Any] = json.loads(text)
+        values: Any = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"a LayerConfig is a JSON object, got {values!r}")
+        known = {field.name for field in fields(LayerConfig)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}; a LayerConfig has {sorted(known)}")
         missing = {"path", "gate_up", "down"} - set(values)
         if missing:
             raise ValueError(f"a LayerConfig's JSON has {sorted(missing)} too")
-        kind = StreamConfig if values.get("path") == "decode" else KernelConfig
-        few = {
-            name: FewActive(KernelConfig(**values[name]["config"]), values[name]["up_to"])
-            for name in ("gate_up_few", "down_few")
-            if values.get(name)
-        }
-        return LayerConfig(
-            values["path"], kind(**values["gate_up"]), kind(**values["down"]), **few,
-            fused=values.get("fused", False), permuted=values.get("permuted", False),
-        )  # fmt: skip
+        path = _known_path(values["path"])
+        made = dict(values)
+        for name in ("gate_up", "down"):
+            made[name] = KINDS[path].from_dict(values[name])
+        for name in ("gate_up_few", "down_few"):
+            if values.get(name) is not None:
+                made[name] = FewActive.from_dict(values[name])
+        return LayerConfig(**made)
 
 
 @dataclass(frozen=True)

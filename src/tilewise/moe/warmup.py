@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -11,7 +12,15 @@ from ..models import MoEShape
 from ..target import Target
 from . import launch as launching
 from .activation import SWIGLU, Activation
-from .checks import check_activation, check_config, check_dtype
+from .checks import (
+    DTYPES,
+    ID_DTYPES,
+    check_activation,
+    check_bools,
+    check_config,
+    check_dtype,
+    check_tokens,
+)
 from .forward import forward_into, overlap_of, problem_of
 from .plan import plan_variant
 from .route import route_into
@@ -138,8 +147,15 @@ def warmup(
         TypeError: an argument of another type. ValueError: sizes or options that no call could
             have, or a `config` that this machine cannot run with up to `max_tokens` tokens.
     """
-    shapes = [shapes] if isinstance(shapes, MoEShape) else list(shapes)
-    _check(shapes, max_tokens, dtype, activation, config, device)
+    shapes = _listed(shapes)
+    _check(max_tokens, dtype, activation, config, device)
+    check_dtype(topk_ids_dtype, "topk_ids_dtype", ID_DTYPES)
+    check_dtype(topk_weights_dtype, "topk_weights_dtype", DTYPES)
+    check_bools(
+        bias=bias, expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input, reduce=reduce,
+        batch_invariant=batch_invariant, routing=routing,
+    )  # fmt: skip
     target = Target.probe(device)
     if target.backend == "cpu":
         return []
@@ -187,8 +203,20 @@ def warmup(
     return sorted(keys)
 
 
+def _listed(shapes: Any) -> list[MoEShape]:
+    """One layer or several, as a list. A string can be iterated over too, but is one name."""
+    several = isinstance(shapes, Iterable) and not isinstance(shapes, str)
+    listed = list(shapes) if several else [shapes]
+    for shape in listed:
+        if not isinstance(shape, MoEShape):
+            name = repr(shape) if isinstance(shape, str) else "name"
+            raise TypeError(
+                f"warmup takes MoEShapes, got {shape!r}: tilewise.moe_shape({name}) makes one"
+            )
+    return listed
+
+
 def _check(
-    shapes: list[MoEShape],
     max_tokens: int,
     dtype: torch.dtype,
     activation: Activation,
@@ -196,17 +224,17 @@ def _check(
     device: torch.device | str | None,
 ) -> None:
     """Refuses what no call could have, on machines without an accelerator too."""
-    for shape in shapes:
-        if not isinstance(shape, MoEShape):
-            raise TypeError(
-                f"warmup takes MoEShapes, got {shape!r}: tilewise.moe_shape(name) makes one"
-            )
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 1")
+    check_tokens(max_tokens, 1, "max_tokens")
     check_dtype(dtype)
     check_activation(activation)
     check_config(config)
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f'device={device!r} is no device of torch: use "cuda", "cuda:N" or "cpu"'
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here")
 
 

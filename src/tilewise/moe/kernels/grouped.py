@@ -32,7 +32,10 @@ def tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M: tl.constexpr, SEGMENTS:
 
 @triton.jit
 def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):  # fmt: skip
-    """Tile number -> (segment, first row, rows in the segment, row tile, column tile)."""
+    """Tile number -> (segment, first row, rows in the segment, row tile, column tile).
+
+    Not for numbers past the last tile.
+    """
     past = ends <= tile
     # Two values in each of two reductions, as each takes barriers; and from registers, as two more
     # loads would wait for memory before the first tile can.
