@@ -32,21 +32,13 @@ def tile_ends(sizes_ptr, num_segments, tiles_n, BLOCK_M: tl.constexpr, SEGMENTS:
 
 @triton.jit
 def locate(sizes, ends, tile, tiles_n, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):  # fmt: skip
-    """Tile number -> (segment, first row, rows in the segment, row tile, column tile).
-
-    Not for numbers past the last tile.
-    """
+    """Tile number -> (segment, first row, rows in the segment, row tile, column tile)."""
     past = ends <= tile
-    # Two values in each of two reductions, as each takes barriers; and from registers, as two more
-    # loads would wait for memory before the first tile can.
-    tiles = (sizes + BLOCK_M - 1) // BLOCK_M
-    before = tl.sum(tl.where(past, (tiles.to(tl.int64) << 32) | sizes, 0), 0)
-    numbers = tl.arange(0, SEGMENTS).to(tl.int64)
-    first = tl.min(tl.where(past, SEGMENTS << 32, (numbers << 32) | sizes), 0)
-    segment = (first >> 32).to(tl.int32)
-    size = first.to(tl.int32)
-    offset = before.to(tl.int32)
-    local = tile - (before >> 32).to(tl.int32) * tiles_n
+    segment = tl.sum(past.to(tl.int32), 0)
+    local = tile - tl.max(tl.where(past, ends, 0), 0)
+    # From registers: two more loads would wait for memory before the first tile can.
+    offset = tl.sum(tl.where(past, sizes, 0), 0)
+    size = tl.sum(tl.where(tl.arange(0, SEGMENTS) == segment, sizes, 0), 0)
     tiles_m = (size + BLOCK_M - 1) // BLOCK_M
     group = local // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
