@@ -58,7 +58,7 @@ def test_tiles_of_ragged_segments(sizes: list[int], group_m: int) -> None:
 
 
 def test_rows_near_the_limit() -> None:
-    """Two values share 64 bits: rows near the limit do not reach the count of tiles."""
+    """2^31 - 1024 rows in two segments, counted in 32 bits."""
     sizes, block_m = [2**30 - 512, 0, 2**30 - 512], 128
     tiles = -(-sizes[0] // block_m)
     given = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)

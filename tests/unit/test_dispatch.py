@@ -341,7 +341,7 @@ def test_layer_config_refuses() -> None:
         KernelConfig("a", 64, 64)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"persistent=1 must be of type bool"):
         KernelConfig(64, 64, 64, persistent=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"JSON has \['down', 'gate_up', 'path'\] too"):
+    with pytest.raises(ValueError, match=r"LayerConfig has \['path', 'gate_up', 'down'\] too"):
         LayerConfig.from_json("{}")
 
 

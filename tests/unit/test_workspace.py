@@ -13,9 +13,10 @@ from tilewise.dispatch.config import KernelConfig, StreamConfig, fit, why_illega
 from tilewise.models import MODELS, MoEShape
 from tilewise.moe.experts import suits_rows
 from tilewise.moe.explain import workspace_size
-from tilewise.moe.plan import carve_counts, carve_plan, count_ints, plan_ints
+from tilewise.moe.plan import carve_counts, carve_plan, count_ints, plan_into, plan_ints
 from tilewise.moe.schedule import LayerConfig, LayerProblem, given_schedule, schedule
 from tilewise.moe.workspace import buffer_sizes, split_sizes
+from tilewise.ragged import Ragged
 from tilewise.target import CATALOGUE, CPU, Target
 
 NARROW = MoEShape(128, 8, 4096, 192)
@@ -93,6 +94,13 @@ def test_parts_of_a_plan_are_aligned_and_apart(num_ids: int, num_experts: int) -
         assert part.storage_offset() % 4 == 0
         part += 1
     assert buffer.max() == 1
+
+
+def test_more_assignments_than_kernels_count_are_refused() -> None:
+    ids = torch.empty((2**30, 2), dtype=torch.int32, device="meta")
+    ints = torch.empty(1, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"2147483648 elements, one call takes up to 2147482624"):
+        plan_into(Ragged(ints, ints, ints, ints), ints, ids, 8, None)
 
 
 def test_more_rows_than_a_ragged_descriptor_holds_go_by_pointers() -> None:

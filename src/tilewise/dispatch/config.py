@@ -14,7 +14,7 @@ MAX_GROUP_M = 1024
 MIN_DOT = 16  # The narrowest side of a matrix instruction that every backend has.
 
 
-def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
+def fields_of(kind: Any, values: Any) -> dict[str, Any]:
     """A JSON object's fields, refused with the allowed ones where there are others or too few."""
     if not isinstance(values, dict):
         raise TypeError(f"a {kind.__name__} is a JSON object, got {values!r}")
@@ -108,7 +108,7 @@ class KernelConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> KernelConfig:
         """The configuration of a JSON object; ValueError, TypeError: it is none."""
-        return KernelConfig(**_fields_of(KernelConfig, values))
+        return KernelConfig(**fields_of(KernelConfig, values))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -179,7 +179,7 @@ class FewActive:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FewActive:
         """The choice of a JSON object; ValueError, TypeError: it is none."""
-        given = _fields_of(FewActive, values)
+        given = fields_of(FewActive, values)
         return FewActive(KernelConfig.from_dict(given["config"]), given["up_to"])
 
 
@@ -313,4 +313,4 @@ class StreamConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> StreamConfig:
         """The configuration of a JSON object; ValueError, TypeError: it is none."""
-        return StreamConfig(**_fields_of(StreamConfig, values))
+        return StreamConfig(**fields_of(StreamConfig, values))

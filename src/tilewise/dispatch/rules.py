@@ -117,7 +117,7 @@ def _wgmma_in_order(gemm: GroupedGemm) -> KernelConfig:
             # Three of 64 rows: 3 to 5% of a layer, 1% lost where few are active.
             return replace(persistent, block_n=256, occupancy=1, store_parts=2)
         # Those lose more where columns leave a part of a tile. One layer was measured: 2 to 4% with
-        # uniform routing, 1 to 2% with Zipf, 2% lost where few are active.
+        # uniform routing, 1% with Zipf, 2% lost where few are active.
         return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, tail_m=64)
     return KernelConfig(128, 256, 64, 8, 8, 4, descriptors=True, persistent=True, store_parts=2)
 

@@ -120,8 +120,7 @@ def _source(problem: LayerProblem, chosen: LayerConfig, target: Target) -> str:
         return "closed form"
     if chosen.fused:
         return "closed form for both products in one launch"
-    same_bits = target.same_bits_any_tile and problem.itemsize == 2
-    gemms = problem.gemms(fixed_batch=problem.batch_invariant and not same_bits)  # As `schedule`.
+    gemms = problem.gemms(problem.needs_fixed_batch(target))
     gate_up, down = (
         _source_of(gemm, config, few, problem.batch_invariant, target)
         for gemm, config, few in zip(

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..dispatch.config import FewActive, GroupedGemm, KernelConfig, StreamConfig, fit, why_illegal
+from ..dispatch.config import (
+    FewActive,
+    GroupedGemm,
+    KernelConfig,
+    StreamConfig,
+    fields_of,
+    fit,
+    why_illegal,
+)
 from ..dispatch.fuse import fuse, why_not_fused
 from ..dispatch.permute import permuted
 from ..dispatch.rules import choose_stream
@@ -20,8 +28,6 @@ DECODE_TOP_K = 32
 MAX_GRID_Y = 65535
 # The batch that batch-invariant calls choose for, whatever theirs is: a tile of 64 rows serves all.
 INVARIANT_TOKENS = 512
-
-
 KINDS: dict[str, Any] = {"decode": StreamConfig, "grouped": KernelConfig}  # Of both products.
 
 
@@ -97,16 +103,7 @@ class LayerConfig:
 
     @staticmethod
     def from_json(text: str) -> LayerConfig:
-        values: Any = json.loads(text)
-        if not isinstance(values, dict):
-            raise TypeError(f"a LayerConfig is a JSON object, got {values!r}")
-        known = {field.name for field in fields(LayerConfig)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown fields {unknown}; a LayerConfig has {sorted(known)}")
-        missing = {"path", "gate_up", "down"} - set(values)
-        if missing:
-            raise ValueError(f"a LayerConfig's JSON has {sorted(missing)} too")
+        values = fields_of(LayerConfig, json.loads(text))
         path = _known_path(values["path"])
         made = dict(values)
         for name in ("gate_up", "down"):
@@ -133,6 +130,10 @@ class LayerProblem:
     batch_invariant: bool = False
     fusable: bool = True  # Gate and up by one descriptor, and activations that suit one.
 
+    def needs_fixed_batch(self, target: Target) -> bool:
+        """Whether all batches need one configuration: here bits may depend on the tile."""
+        return self.batch_invariant and not (target.same_bits_any_tile and self.itemsize == 2)
+
     def gemms(self, fixed_batch: bool = False) -> tuple[GroupedGemm, GroupedGemm]:
         """The two products; with `fixed_batch`, of a batch of one fixed size."""
         tokens = INVARIANT_TOKENS if fixed_batch else self.num_tokens
@@ -151,11 +152,7 @@ class LayerProblem:
 @functools.lru_cache(maxsize=65536)
 def schedule(problem: LayerProblem, target: Target) -> LayerConfig:
     """The configuration of a call; from its shape alone if it must not depend on the batch."""
-    # One configuration for all batches, unless this machine's bits are the same for any tile.
-    gate_up, down = problem.gemms(
-        fixed_batch=problem.batch_invariant
-        and not (target.same_bits_any_tile and problem.itemsize == 2)
-    )
+    gate_up, down = problem.gemms(problem.needs_fixed_batch(target))
     if (
         problem.reduce
         and not problem.batch_invariant
@@ -251,8 +248,7 @@ def _check_kernel(
             f"config.{name}.split_k={kernel_config.split_k}: how many programs share a "
             "reduction depends on the batch; batch_invariant=True takes split_k=1"
         )
-    same_bits = target.same_bits_any_tile and problem.itemsize == 2
-    if problem.batch_invariant and kernel_config.tail_m and not same_bits:
+    if kernel_config.tail_m and problem.needs_fixed_batch(target):
         raise ValueError(
             f"config.{name}.tail_m={kernel_config.tail_m}: which tile a row is in depends on "
             f"the batch, and its bits may on {target.arch}; batch_invariant=True takes tail_m=0"
